@@ -1,0 +1,489 @@
+"""
+GPT-2, all of it: the network, its loss, the KV cache, sampling, weights and tokenizers in and out.
+
+The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+(https://github.com/openai/gpt-2), with parameter names as in nanoGPT, so that checkpoints go both ways.
+
+Letters in shapes: B batch, T time (tokens), C n_embd, H n_head, D = C / H, V vocab_size.
+Errors that a user can cause are ValueErrors (or OSErrors) whose text is one line and says what to do.
+"""
+import math
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {'gelu': 'none', 'gelu_tanh': 'tanh'}  # our name -> F.gelu's `approximate`
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT. Raises ValueError where the numbers cannot make a network."""
+    block_size: int = 1024    # longest context, in tokens
+    vocab_size: int = 50304   # GPT-2's 50257 rounded up to a multiple of 64, which GPUs multiply faster
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True         # biases in the linear layers and norms: True is GPT-2, False trains a little better
+    activation: str = 'gelu'  # 'gelu' is the exact erf form, 'gelu_tanh' the approximation OpenAI's weights grew up with
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: every head gets n_embd / n_head channels")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+
+
+# -----------------------------------------------------------------------------
+# the network
+
+class KVCache:
+    """
+    Keys and values of the positions already seen. The caller makes it, hands it to forward and drops it;
+    no module keeps one, so training, state_dict and torch.compile never meet it.
+    Allocated once at its final `length`; `pos` positions of it are filled.
+    """
+
+    def __init__(self, config, batch, length, device=None, dtype=None):
+        shape = (config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, 2, B, H, length, D)
+        self.pos = 0
+
+    def extend(self, layer, k, v):
+        """Writes k and v (B, H, T, D) behind what layer `layer` holds; returns all its keys and values (B, H, pos + T, D)."""
+        end = self.pos + k.size(2)
+        keys, values = self.kv[layer]
+        keys[:, :, self.pos:end] = k
+        values[:, :, self.pos:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, layer=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        past = 0 if cache is None else cache.pos
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                                            # (B, H, past + T, D)
+        # nothing cached: plain causal; one query: it may see everything; several behind a cache: the triangle, shifted
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)                                          # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate=ACTIVATIONS[config.activation])
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, layer=None):
+        x = x + self.attn(self.ln_1(x), cache, layer)  # norms before the branches: GPT-2's change to GPT
+        return x + self.mlp(self.ln_2(x))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    Mean cross-entropy of x @ weight.T against targets, without ever holding all the logits: at GPT-2's
+    vocabulary they would be the largest tensor of the whole step. Each chunk of rows yields its loss and,
+    while its logits are still there, its gradients; backward only scales them.
+
+    x (N, C), weight (V, C), targets (N,) with -1 for positions that do not count -> loss (), float32 or wider.
+    `dtype` is that of the products, `with_grad` says whether the gradients will be wanted.
+    """
+    CHUNK = 2 ** 26  # logits held at a time: 256 MiB in float32
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_grad):
+        N, V = x.size(0), weight.size(0)
+        rows = math.ceil(N / math.ceil(N * V / ChunkedCrossEntropy.CHUNK))
+        wide = torch.promote_types(dtype, torch.float32)
+        # In float16 the gradient of a logit, at most 1, goes down by 16 before the products: their sums over
+        # thousands of rows would overflow, and no GradScaler sees them here. 16 is small enough for 1/V to survive.
+        shrink = 1 / 16 if dtype == torch.float16 else 1.0
+        total = torch.zeros((), dtype=wide, device=x.device)
+        counted = targets != -1                                                     # (N,)
+        if with_grad:
+            grad_x = torch.empty_like(x, dtype=dtype)
+            grad_w = torch.zeros_like(weight, dtype=wide)
+        with torch.autocast(x.device.type, enabled=False):
+            w = weight.to(dtype)
+            for i in range(0, N, rows):
+                xc, keep = x[i:i + rows].to(dtype), counted[i:i + rows]             # (n, C), (n,)
+                target = targets[i:i + rows].clamp(min=0)[:, None]                  # (n, 1)
+                logits = (xc @ w.T).to(wide)                                        # (n, V)
+                lse = logits.logsumexp(-1, keepdim=True)                            # (n, 1)
+                total += ((lse - logits.gather(1, target))[:, 0] * keep).sum()
+                if with_grad:  # d loss / d logits = softmax - one_hot, and zero where nothing counts
+                    lse = lse.masked_fill(~keep[:, None], math.inf) - math.log(shrink)
+                    d = (logits - lse).exp_()                                       # (n, V)
+                    d.scatter_add_(1, target, -shrink * keep[:, None].to(wide))
+                    d = d.to(dtype)
+                    grad_x[i:i + rows] = d @ w
+                    if dtype == wide:
+                        grad_w.addmm_(d.T, xc)
+                    else:
+                        grad_w += d.T @ xc
+        count = counted.sum().clamp(min=1)
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w, count * shrink)
+            ctx.dtypes = x.dtype, weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_w, divisor = ctx.saved_tensors
+        scale = grad_loss / divisor
+        return grad_x.to(ctx.dtypes[0]) * scale, (grad_w * scale).to(ctx.dtypes[1]), None, None, None
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and writes them (Press & Wolf 2017)
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):  # 2 n_layer branches add to the residual stream: keep its variance (GPT-2, section 2.3)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters; non_embedding leaves out wpe (wte stays in, it is also the output layer)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def hidden(self, idx, cache=None):
+        """
+        The network up to its last norm: idx (B, T) token ids -> (B, T, C). With a cache, idx goes on
+        where the cache ends and the cache takes it in. model.lm_head(hidden) are the logits of every position.
+        """
+        past, T = (0 if cache is None else cache.pos), idx.size(1)
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit into block_size {self.config.block_size}")
+        pos = torch.arange(past, past + T, device=idx.device)                        # (T,)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer)                                               # (B, T, C)
+        if cache is not None:
+            cache.pos += T
+        return self.transformer.ln_f(x)                                              # (B, T, C)
+
+    def forward(self, idx, targets=None, cache=None):
+        """
+        idx (B, T) -> (logits of the last position (B, 1, V), None), or with targets (B, T),
+        -1 where nothing is to be predicted, -> (None, mean loss in nats per token).
+        """
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                               dtype, torch.is_grad_enabled())
+
+    def crop_block_size(self, block_size):
+        """Shortens the context for good, for example of GPT-2's 1024 tokens to what fits into memory."""
+        if not 0 < block_size <= self.config.block_size:
+            raise ValueError(f"block_size {block_size} is beyond the model's {self.config.block_size}, which can only be cropped")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+
+    # -------------------------------------------------------------------------
+    # training
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW that decays matrices and embeddings but no bias and no norm gain; fused into one kernel where PyTorch has one."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
+
+    def estimate_flops(self):
+        """FLOPs per token, forward and backward: 6 N for the weights + 12 L C T for attention (PaLM, appendix B)."""
+        c = self.config
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def estimate_mfu(self, tokens_per_second, peak_flops):
+        """Model FLOPs utilisation: the fraction of peak_flops (FLOP/s) that the model's arithmetic needs, None if no peak is known."""
+        return tokens_per_second * self.estimate_flops() / peak_flops if peak_flops else None
+
+    # -------------------------------------------------------------------------
+    # sampling
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, draws=None, vocab_size=None):
+        """
+        Yields max_new_tokens times the next token of every row, (B, 1), to follow idx (B, T), T >= 1.
+
+        temperature 0 takes the likeliest token; top_k keeps that many tokens (None or 0: all), top_p the
+        fewest whose probability reaches it (Holtzman et al. 2020). draws (B, max_new_tokens), uniform in [0, 1), is all
+        the randomness there is. vocab_size leaves out the ids above it, which only pad the vocabulary.
+        Up to block_size tokens each step costs one position. Positions are absolute, so a full window voids the
+        cache: its later half is read anew and the window grows from there.
+        """
+        B, T = idx.shape
+        block_size = self.config.block_size
+        device_type = idx.device.type
+        if draws is None:
+            draws = torch.rand(B, max_new_tokens, device=idx.device)
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.lm_head.weight.dtype
+        cache = KVCache(self.config, B, min(block_size, T + max_new_tokens), idx.device, dtype)
+        tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)           # (B, T + max_new_tokens)
+        todo = idx[:, -block_size:]                                                  # what the cache has not seen
+        for t in range(T, T + max_new_tokens):
+            logits, _ = self(todo, cache=cache)                                      # (B, 1, V)
+            todo = draw(logits[:, 0, :vocab_size].float(), draws[:, t - T:t - T + 1], temperature, top_k, top_p)
+            yield todo
+            tokens[:, t:t + 1] = todo
+            if cache.pos == block_size:
+                cache.pos = 0
+                todo = tokens[:, t + 1 - max(1, block_size // 2):t + 1]
+
+    def generate(self, idx, max_new_tokens, **how):
+        """idx (B, T) with max_new_tokens more, (B, T + max_new_tokens); `how` as in stream."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **how)), dim=1)
+
+    # -------------------------------------------------------------------------
+    # weights in
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, dropout=None):
+        """The model of a checkpoint that read_checkpoint returned, nanoGPT's or ours, on the CPU."""
+        args = dict(checkpoint['model_args'])
+        if dropout is not None:
+            args['dropout'] = dropout
+        try:
+            model = cls(GPTConfig(**args))
+            # torch.compile prefixes the names; models before PyTorch 2 kept their masks as buffers
+            model.load_state_dict({name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
+                                   if not name.endswith(('.attn.bias', '.attn.masked_bias'))})
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint does not fit this model.py: {' '.join(str(error).split())}") from error
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source, dropout=0.0):
+        """
+        A GPT-2 of transformers: 'gpt2' (124M), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M),
+        or a folder that save_pretrained wrote. The logits are transformers' own. Raises ValueError or OSError.
+        """
+        from transformers import GPT2LMHeadModel, logging  # seconds to import, so only here
+        if source not in GPT2_SIZES and not (Path(source) / 'config.json').is_file():
+            raise ValueError(f"init_from {source!r} is neither of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 that transformers saved")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            theirs = GPT2LMHeadModel.from_pretrained(source).float()
+        except Exception as error:  # many libraries speak here, each with errors of its own
+            where = ("download it where there is a network (it lands in ~/.cache/huggingface, or HF_HOME) and copy it here"
+                     if source in GPT2_SIZES else 'is the folder whole?')
+            raise ValueError(f"cannot read GPT-2 weights from {source!r} ({str(error).strip().splitlines()[0]}): {where}") from error
+        hf = theirs.config
+        activation = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}.get(hf.activation_function)
+        if (activation is None or hf.n_inner not in (None, 4 * hf.n_embd) or hf.layer_norm_epsilon != 1e-5 or not hf.scale_attn_weights
+                or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention or not hf.tie_word_embeddings):
+            raise ValueError(f"{source}/config.json describes a variant of GPT-2 that model.py does not build")
+        model = cls(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd, dropout, True, activation))
+        model.load_state_dict({name: p.T if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else p
+                               for name, p in theirs.state_dict().items()})  # OpenAI's Conv1D keeps the transpose of a Linear
+        return model
+
+
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
+def draw(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """
+    One token a row from logits (B, V), by inverting the cumulative distribution at u (B, 1), uniform in [0, 1).
+    The row's own u alone decides, whatever stands in the other rows. Returns ids (B, 1).
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature   # subtracted first, a tiny temperature overflows to -inf only
+    ids, ranked = None, top_p is not None and top_p < 1
+    if ranked or top_k:
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))    # (B, K), descending
+    cdf = logits.softmax(-1).cumsum(-1)                                              # (B, K)
+    mass = cdf[:, -1:]                                                               # (B, 1)
+    if ranked:  # the tokens up to the first at which the distribution reaches top_p
+        mass = cdf.gather(1, (cdf < top_p).sum(-1, keepdim=True).clamp(max=cdf.size(-1) - 1))
+    choice = torch.searchsorted(cdf, u * mass, right=True).clamp(max=cdf.size(-1) - 1)  # (B, 1)
+    return choice if ids is None else ids.gather(1, choice)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints and tokenizers
+
+def read_checkpoint(path):
+    """ckpt.pt as a dict of plain values and CPU tensors. Nothing in the file is executed. Raises ValueError."""
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}: train first, or name the folder with --out_dir")
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot read {path}, truncated or not a checkpoint ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py: it lacks 'model' or 'model_args'")
+    return checkpoint
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Admits containers, strings and numbers: a pickle can call any function by name, this one finds none."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_tokenizer(folder):
+    """
+    How the tokens in data/NAME were made, as a dict that a checkpoint can hold: meta.pkl -> kind 'char',
+    tokenizer.json -> kind 'bpe', neither -> kind 'gpt2'. Raises ValueError.
+    """
+    meta, trained = Path(folder) / 'meta.pkl', Path(folder) / 'tokenizer.json'
+    if meta.is_file():
+        try:
+            with open(meta, 'rb') as f:
+                found = PlainUnpickler(f).load()
+            return {'kind': 'char', 'stoi': dict(found['stoi']), 'itos': dict(found['itos'])}
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"cannot read {meta} ({error}): it must hold a plain dict with vocab_size, stoi and itos") from error
+    if trained.is_file():
+        return {'kind': 'bpe', 'json': trained.read_text(encoding='utf-8')}
+    return {'kind': 'gpt2'}
+
+
+class Tokenizer:
+    """
+    encode(text) -> ids and decode(ids) -> text for one of read_tokenizer's dicts. `size` counts the ids
+    in use, `start` is the id that begins an empty text, `end` the one that ends a document (None for characters).
+    """
+
+    def __init__(self, spec):
+        self.kind = spec['kind']
+        if self.kind == 'char':
+            self.stoi, self.itos = spec['stoi'], spec['itos']
+            self.size, self.end = len(self.itos), None
+            self.start = self.stoi.get('\n', 0)
+        elif self.kind == 'bpe':
+            import tokenizers
+            self.bpe = tokenizers.Tokenizer.from_str(spec['json'])
+            self.size = self.bpe.get_vocab_size()
+            self.start = self.end = self.bpe.token_to_id('<|endoftext|>')
+        else:
+            import tiktoken
+            try:
+                self.bpe = tiktoken.get_encoding('gpt2')
+            except OSError as error:
+                raise ValueError("cannot download GPT-2's BPE files: where there is a network run python -c \"import tiktoken; "
+                                 "tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR=FOLDER, then bring the folder here and set the same") from error
+            self.size = self.bpe.n_vocab
+            self.start = self.end = self.bpe.eot_token
+
+    def encode(self, text):
+        if self.kind == 'char':
+            unknown = sorted(set(text) - self.stoi.keys())
+            if unknown:
+                raise ValueError(f"the model has never seen the character {unknown[0]!r}: its {self.size} characters are {''.join(self.stoi)!r}")
+            return [self.stoi[c] for c in text]
+        if self.kind == 'bpe':
+            return self.bpe.encode(text).ids
+        return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
+
+    def decode(self, ids):
+        if self.kind == 'char':
+            return ''.join(self.itos[i] for i in ids)
+        return self.bpe.decode(ids) if self.kind == 'gpt2' else self.bpe.decode(ids, skip_special_tokens=False)
+
+
+# -----------------------------------------------------------------------------
+# the machine at hand
+
+# Peak FLOP/s of dense bfloat16 or float16 products with float32 sums, from the vendor's data sheets
+PEAK_FLOPS = {
+    r'V100-SXM2': 125e12, r'V100-PCIE': 112e12, r'T4$': 65e12, r'A100': 312e12, r'L4$': 121e12, r'L40S$': 362e12,
+    r'RTX 3090$': 71e12, r'RTX 4090$': 165.2e12, r'H100 PCIe$': 756e12, r'H100 NVL$': 835.5e12, r'H100 80GB HBM3$': 989.4e12,
+    r'H200$': 989.4e12, r'H200 NVL$': 835.5e12, r'B200$': 2250e12,
+}
+
+
+def peak_flops_of(device, dtype):
+    """Peak of a CUDA device in FLOP/s, None where it is not known for sure: other chips, slices of one, float32."""
+    if torch.device(device).type != 'cuda' or dtype == 'float32':
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for chip, peak in PEAK_FLOPS.items() if re.search(rf'\b{chip}', name) and 'MIG' not in name), None)
+
+
+def choose_device(device, dtype):
+    """
+    Fills in what the user left None: cuda, else mps, else cpu; bfloat16 where CUDA has it, float16 on
+    older CUDA, float32 elsewhere. Returns (device, dtype) as text. Raises ValueError for what this machine lacks.
+    """
+    if device is None:
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ('cuda', 'mps', 'cpu'):
+        raise ValueError(f"device {device!r} is none of cuda, cuda:0, cuda:1 …, mps, cpu")
+    if kind == 'cuda' and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; --device=cpu runs anywhere")
+    if kind == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps': PyTorch sees no Apple GPU here; --device=cpu runs anywhere")
+    if dtype is None:
+        has_bf16 = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if has_bf16 else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype {dtype!r} is none of float32, bfloat16, float16")
+    return device, dtype
