@@ -51,7 +51,7 @@ class KVCache:
     """
     Keys and values of the positions already seen. The caller makes it, hands it to forward and drops it;
     no module keeps one, so training, state_dict and torch.compile never meet it.
-    Allocated once at its final `length`; `pos` positions of it are filled.
+    Allocated once at its final `length`; `pos` positions of it are filled. For use under torch.no_grad().
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
@@ -62,10 +62,9 @@ class KVCache:
     def extend(self, layer, k, v):
         """Writes k and v (B, H, T, D) behind what layer `layer` holds; returns all its keys and values (B, H, pos + T, D)."""
         end = self.pos + k.size(2)
-        keys, values = self.kv[layer]
-        keys[:, :, self.pos:end] = k
-        values[:, :, self.pos:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        self.kv[layer, 0, :, :, self.pos:end] = k
+        self.kv[layer, 1, :, :, self.pos:end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
 
 
 class CausalSelfAttention(nn.Module):

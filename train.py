@@ -186,11 +186,16 @@ try:
         model.crop_block_size(block_size)
 except ValueError as error:
     fail(error)
-block_size = model.config.block_size
 # What a checkpoint says of its model: nanoGPT's seven keys, one more only where we depart from nanoGPT
 model_args = {key: getattr(model.config, key) for key in (*shape, 'vocab_size')}
 if model.config.activation != 'gelu':
     model_args['activation'] = model.config.activation
+for key, value in model_args.items():
+    if key in config and config[key] != value:
+        if master:
+            print(f"{key} is {value!r}, as the weights have it, not {config[key]!r}")
+        config[key] = value
+block_size = model.config.block_size
 model.to(device)
 
 if master:
@@ -198,11 +203,9 @@ if master:
     print({'scratch': "a new model", 'resume': f"resuming {ckpt_path} at iteration {iter_num}"}.get(init_from, f"GPT-2 weights from {init_from}")
           + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; {device}, {dtype}"
           + (f", {world_size} processes" if distributed else ''))
-    if checkpoint:  # the command line decides, but the checkpoint's weights have the shape they have
-        for key, old in checkpoint.get('config', {}).items():
-            if key in config and config[key] != old and key != 'init_from':
-                kept = key in model_args and model_args[key] == old != config[key]
-                print(f"  {key}: {old!r} " + (f"stays, it is the checkpoint's (not {config[key]!r})" if kept else f"-> {config[key]!r}"))
+    for key, old in (checkpoint or {}).get('config', {}).items():
+        if key in config and config[key] != old and key != 'init_from':
+            print(f"{key} was {old!r} in the checkpoint, is {config[key]!r} now")
 
 window = np.arange(block_size + 1)
 train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
@@ -211,6 +214,8 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 if checkpoint and not eval_only:
     try:  # moments from the checkpoint, learning rate, decay and betas from the command line
         optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+        for p, moments in optimizer.state.items():  # a cropped wpe has cropped moments
+            moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and len(m) > len(p)})
         scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
     except (KeyError, ValueError) as error:
         fail(f"cannot resume {ckpt_path}: {error}")
@@ -221,18 +226,16 @@ checkpoint = None  # frees the memory
 
 raw_model = model
 if compile:
-    # Compilers fail at the first call, so make it here, on a batch of zeros, where eager is still a way out
-    started = time.time()
-    try:
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import
+    started = time.perf_counter()
+    try:  # a compiler fails at the first call, so make that here, on zeros, where eager is still a way out
         model = torch.compile(raw_model)
         zeros = torch.zeros(batch_size, block_size, dtype=torch.long, device=device)
         with autocast:
             model(zeros, zeros)[1].backward()
         if master:
-            print(f"compiled in {time.time() - started:.0f} s")
-    except (RuntimeError, ImportError, OSError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+            print(f"compiled in {time.perf_counter() - started:.0f} s")
+    except TorchDynamoException as error:
         model = raw_model
         print(f"torch.compile does not work here, running eager ({type(error).__name__}: {str(error).strip().splitlines()[0]})")
     raw_model.zero_grad(set_to_none=True)
@@ -303,14 +306,20 @@ if wandb_log and master:
         import wandb
     except ImportError:
         fail("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False")
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+    offline = not wandb.api.api_key and 'WANDB_MODE' not in os.environ  # nobody answers a prompt in a batch job
+    run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None)
+    if offline:
+        print(f"wandb: not logged in, so this run stays on disk; later: wandb login && wandb sync {os.path.dirname(run.dir)}")
 
 peak = peak_flops or peak_flops_of(device, dtype)
 loss_sum = torch.zeros((), device=device)        # of this rank's micro-batches of one iteration
-seconds, iterations = 0.0, 0                     # since the last log line, evaluations not counted
+clock, iterations = time.perf_counter(), 0       # since the last log line; evaluations stop the clock
 model.train()
 while True:
     if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
+        if device_type == 'cuda':
+            torch.cuda.synchronize()
+        paused = time.perf_counter()
         train_loss, val_loss = estimate_loss()
         if master:
             print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", flush=True)
@@ -321,9 +330,9 @@ while True:
             best_val_loss = min(best_val_loss, val_loss)
             if master and (improved or always_save_checkpoint):
                 save_checkpoint()
+        clock += time.perf_counter() - paused
     if eval_only or iter_num >= max_iters:
         break
-    started = time.perf_counter()
 
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
@@ -346,18 +355,17 @@ while True:
     optimizer.zero_grad(set_to_none=True)
 
     iterations += 1
-    if iter_num % log_interval == 0:  # the mean over the iteration, all ranks; reading it waits for the device
-        train_loss = all_sum(loss_sum).item() / gradient_accumulation_steps
-    seconds += time.perf_counter() - started
     if iter_num % log_interval == 0:
-        tokens_per_second = iterations * gradient_accumulation_steps * batch_size * block_size / seconds
+        train_loss = all_sum(loss_sum).item() / gradient_accumulation_steps  # of this iteration, on all ranks; waits for the device
+        seconds = (time.perf_counter() - clock) / iterations
+        tokens_per_second = gradient_accumulation_steps * batch_size * block_size / seconds
         mfu = raw_model.estimate_mfu(tokens_per_second / world_size, peak)
         if master:
-            print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds / iterations * 1000:.2f}ms, "
-                  f"mfu {f'{mfu:.2%}' if mfu else 'n/a'}, {tokens_per_second:,.0f} tok/s", flush=True)
+            print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
+                  f"{tokens_per_second:,.0f} tok/s", flush=True)
             if wandb_log:
                 wandb.log({'iter': iter_num, 'iter/loss': train_loss, 'lr': lr, 'mfu': mfu, 'tokens_per_second': tokens_per_second})
-        seconds, iterations = 0.0, 0
+        clock, iterations = time.perf_counter(), 0
     loss_sum.zero_()
     iter_num += 1
 

@@ -1,0 +1,83 @@
+"""
+The tests run a copy of the project in a temporary folder, so they touch neither your data nor your checkpoints.
+Two of them need files that a machine without a network gets by hand:
+    TINYSHAKESPEARE=…/input.txt         tiny Shakespeare
+    TIKTOKEN_CACHE_DIR=…                GPT-2's BPE files as tiktoken caches them
+"""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'data')]
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # a test that reaches for the hub fails at once instead of retrying for half a minute
+os.environ.setdefault('OMP_NUM_THREADS', '2')
+
+TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in enumerate(
+    (a, b, c) for a in ('quick', 'lazy', 'small', 'green') for b in ('fox jumps', 'dog walks', 'bird flies', 'cat runs')
+    for c in ('fence', 'river', 'house', 'hill', 'bridge', 'meadow')))  # 3,900 characters that are easy to learn
+
+# a network that trains in a second, and its run
+SMALL = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
+         '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=5', '--max_iters=5', '--warmup_iters=0',
+         '--learning_rate=1e-2', '--lr_decay_iters=100']
+
+
+@pytest.fixture(scope='session')
+def house(tmp_path_factory):
+    """A copy of the project with a data set 'tiny'."""
+    from common import write_characters
+    house = tmp_path_factory.mktemp('project') / 'house'
+    house.mkdir()
+    for name in ('model.py', 'train.py', 'sample.py', 'configurator.py'):
+        shutil.copy(ROOT / name, house)
+    shutil.copytree(ROOT / 'config', house / 'config')
+    shutil.copytree(ROOT / 'data', house / 'data', ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.part', 'input.txt', '__pycache__'))
+    (house / 'data' / 'tiny').mkdir()
+    write_characters(house / 'data' / 'tiny', TEXT[:3000], TEXT[3000:])
+    return house
+
+
+@pytest.fixture
+def run(house, tmp_path):
+    """
+    run('train.py', '--key=value', …) as a user would, from an empty folder; fails unless the exit status is `status`.
+    With status 1 there must be one line on stderr and no traceback; it is returned. With ranks=N under torchrun.
+    """
+    def run(script, *arguments, status=0, ranks=0, env={}, stdin='', cwd=tmp_path, timeout=300):
+        launch = [sys.executable] + (['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks else [])
+        done = subprocess.run([*launch, str(house / script), *map(str, arguments)], cwd=cwd, input=stdin, text=True, encoding='utf-8',
+                              capture_output=True, timeout=timeout, env={**os.environ, 'PYTHONIOENCODING': 'utf-8', **env})
+        assert done.returncode == status, done.stdout + done.stderr
+        if status == 0:
+            return done
+        if ranks:  # torchrun adds a report of its own
+            assert f'File "{house / script}"' not in done.stderr, done.stderr
+        else:
+            assert len(done.stderr.splitlines()) == 1 and 'Traceback' not in done.stderr, done.stderr
+        return done.stderr
+    return run
+
+
+@pytest.fixture(scope='session')
+def shakespeare():
+    """The path of tiny Shakespeare."""
+    path = Path(os.environ.get('TINYSHAKESPEARE', ROOT / 'data' / 'shakespeare_char' / 'input.txt'))
+    if not path.is_file():
+        pytest.skip("needs tiny Shakespeare: TINYSHAKESPEARE=…/input.txt, or data/shakespeare_char/prepare.py where there is a network")
+    return path
+
+
+@pytest.fixture(scope='session')
+def bpe():
+    """GPT-2's encoding."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except OSError:
+        pytest.skip("needs GPT-2's BPE files: TIKTOKEN_CACHE_DIR=…, or a network")

@@ -1,0 +1,52 @@
+"""Every file of config/ against train.py's real keys, and the keys and defaults of the contract with nanoGPT."""
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+DEFAULTS = {
+    'train.py': dict(
+        out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True, init_from='scratch',
+        wandb_log=False, wandb_project='owt', wandb_run_name='gpt2', dataset='openwebtext', gradient_accumulation_steps=40, batch_size=12,
+        block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4, max_iters=600000, weight_decay=1e-1,
+        beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5,
+        backend=None, device=None, dtype=None, compile=None, seed=1337),
+    'sample.py': dict(
+        init_from='resume', out_dir='out', start='\n', num_samples=10, max_new_tokens=500, temperature=0.8, top_k=200, seed=1337,
+        device=None, dtype=None, compile=False, top_p=None, stop=None, stream=False),
+}
+
+
+def configured(monkeypatch, script, *arguments):
+    """The `config` that a script of the project gets from its arguments."""
+    monkeypatch.setattr(sys, 'argv', [script, *arguments])
+    source = (ROOT / script).read_text(encoding='utf-8')
+    start = source.index("configurator.py').read_text(")
+    scope = {'__file__': str(ROOT / script), '__name__': '__main__'}
+    exec(compile(source[:source.index('\n', start)], script, 'exec'), scope)
+    return scope['config']
+
+
+@pytest.mark.parametrize('script', DEFAULTS)
+def test_defaults(monkeypatch, script):
+    config = configured(monkeypatch, script)
+    for key, value in DEFAULTS[script].items():
+        assert config[key] == value and type(config[key]) is type(value), key
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('*.py')))
+def test_config_file(monkeypatch, name):
+    """Real keys of the right type, a data set that has a prepare.py, a schedule that ends with the run."""
+    config = configured(monkeypatch, 'train.py', f'config/{name}')
+    assert (ROOT / 'data' / config['dataset'] / 'prepare.py').is_file()
+    assert not config['decay_lr'] or config['lr_decay_iters'] <= config['max_iters']
+    assert config['n_embd'] % config['n_head'] == 0
+
+
+def test_help(run):
+    """Every key with its default and what it means."""
+    for script, defaults in DEFAULTS.items():
+        out = run(script, '--help').stdout
+        assert all(f'--{key}={value!r}' in out for key, value in defaults.items())
+    assert 'python data/openwebtext/prepare.py' in run('data/openwebtext/prepare.py', '--help').stdout
