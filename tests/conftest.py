@@ -20,7 +20,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in enumerate(
     (a, b, c) for a in ('quick', 'lazy', 'small', 'green') for b in ('fox jumps', 'dog walks', 'bird flies', 'cat runs')
-    for c in ('fence', 'river', 'house', 'hill', 'bridge', 'meadow')))  # 3,900 characters that are easy to learn
+    for c in ('fence', 'river', 'house', 'hill', 'bridge', 'meadow')))  # 4,686 characters that are easy to learn
 
 # a network that trains in a second, and its run
 SMALL = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
@@ -64,13 +64,15 @@ def run(house, tmp_path):
     return run
 
 
-@pytest.fixture(scope='session')
-def shakespeare():
-    """The path of tiny Shakespeare."""
+@pytest.fixture
+def with_text(house):
+    """Tiny Shakespeare where its two prepare.py scripts would download it; the text."""
     path = Path(os.environ.get('TINYSHAKESPEARE', ROOT / 'data' / 'shakespeare_char' / 'input.txt'))
     if not path.is_file():
         pytest.skip("needs tiny Shakespeare: TINYSHAKESPEARE=…/input.txt, or data/shakespeare_char/prepare.py where there is a network")
-    return path
+    for name in ('shakespeare', 'shakespeare_char'):
+        shutil.copy(path, house / 'data' / name / 'input.txt')
+    return path.read_text(encoding='utf-8')
 
 
 @pytest.fixture(scope='session')

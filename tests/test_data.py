@@ -12,13 +12,6 @@ def read(house, name, split):
     return np.fromfile(house / 'data' / name / f'{split}.bin', dtype='<u2')
 
 
-@pytest.fixture
-def with_text(house, shakespeare):
-    for name in ('shakespeare', 'shakespeare_char'):
-        shutil.copy(shakespeare, house / 'data' / name / 'input.txt')
-    return shakespeare.read_text(encoding='utf-8')
-
-
 def test_shakespeare_char(run, house, with_text):
     out = run('data/shakespeare_char/prepare.py').stdout
     assert 'train.bin has 1,003,854 tokens' in out and 'val.bin has 111,540 tokens' in out

@@ -1,0 +1,71 @@
+"""Every command of README.md: its files exist, its keys are real, and what needs neither network nor GPUs is run, shortened."""
+import re
+import shlex
+
+import pytest
+
+from conftest import ROOT
+from test_config import configured
+
+# Not run here, each for its reason; the keys of all of them are checked nevertheless
+NOT_RUN = {
+    r'python3 -m venv|^\. \.venv|pip install': 'makes an environment: .ci/run does',
+    r'-m pytest': 'these tests themselves',
+    r'prepare.py --files': 'the data of its user: tests/test_data.py runs it on its own',
+    r'openwebtext/prepare.py': 'network',
+    r'finetune_shakespeare|out-shakespeare$|gpt2-xl|eval_gpt2': "network: GPT-2's weights",
+    r'--nproc_per_node=8': 'eight GPUs',
+}
+# Added at the end, where it wins: seconds instead of hours, and a data set that is always here
+SHORT = {
+    'train_gpt2.py': '--dataset=tiny --wandb_log=False --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --max_iters=1 '
+                     '--gradient_accumulation_steps=2 --eval_iters=1',
+    'train.py': '--device=cpu --max_iters=2 --eval_iters=1 --batch_size=2',
+    'sample.py': '--device=cpu --num_samples=1 --max_new_tokens=5',
+}
+
+
+def commands():
+    """The commands of all sh blocks, in order, those joined by && apart."""
+    blocks = re.findall(r'^```sh\n(.*?)^```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M | re.S)
+    return [part.strip() for block in blocks for line in block.splitlines() for part in line.split('&&')]
+
+
+def parse(command):
+    """(stdin, ranks, script, arguments) of a command that runs one of our scripts, else None."""
+    before, bar, after = command.rpartition(' | ')
+    words = shlex.split(after)
+    stdin = ' '.join(shlex.split(before)[1:]) + '\n' if bar else ''
+    ranks = next((int(word.split('=')[1]) for word in words if word.startswith('--nproc_per_node')), 0)
+    at = next((i for i, word in enumerate(words) if word.endswith('.py')), None)
+    return None if at is None else (stdin, ranks, words[at], words[at + 1:])
+
+
+@pytest.mark.parametrize('command', dict.fromkeys(command for command in commands() if parse(command)))
+def test_keys(monkeypatch, command):
+    _, _, script, arguments = parse(command)
+    assert command.startswith(('python ', 'torchrun ', 'echo ')) and (ROOT / script).is_file()
+    for argument in arguments:
+        assert argument.startswith('--') or (ROOT / argument).is_file()
+    if '--help' not in arguments:
+        configured(monkeypatch, script, *arguments)
+
+
+def test_commands_run(run, house, with_text, bpe):
+    (house / 'prompt.txt').write_text('import os\n')
+    done = []
+    for command in commands():
+        if any(re.search(pattern, command) for pattern in NOT_RUN):
+            continue
+        stdin, ranks, script, arguments = parse(command)  # a command of another kind would need a line in NOT_RUN
+        extra = next((words.split() for name, words in SHORT.items() if name in command), [])
+        out = run(script, *arguments, *([] if '--help' in arguments else extra), ranks=ranks, stdin=stdin, cwd=house).stdout
+        assert out, command
+        done.append(script)
+    assert done.count('train.py') >= 6 and done.count('sample.py') >= 6 and 'data/python_char/prepare.py' in done
+
+
+def test_links():
+    """Files that README.md links to are there."""
+    links = re.findall(r'\]\((?!https?:)([^)#]+)\)', (ROOT / 'README.md').read_text(encoding='utf-8'))
+    assert links and all((ROOT / link).exists() for link in links)
