@@ -322,7 +322,7 @@ class GPT(nn.Module):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            theirs = GPT2LMHeadModel.from_pretrained(source).float()
+            theirs = GPT2LMHeadModel.from_pretrained(f'openai-community/{source}' if source in GPT2_SIZES else source).float()
         except Exception as error:  # many libraries speak here, each with errors of its own
             where = ("download it where there is a network (it lands in ~/.cache/huggingface, or HF_HOME) and copy it here"
                      if source in GPT2_SIZES else 'is the folder whole?')

@@ -89,9 +89,9 @@ def fail(message):
 for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[key] < 1:
         fail(f"{key} must be at least 1, not {config[key]}")
-for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip', 'learning_rate', 'weight_decay', 'beta1', 'beta2'):
+for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip'):
     if config[key] < 0:
-        fail(f"{key} must not be negative: {config[key]}")
+        fail(f"{key} must not be negative, but is {config[key]}")
 if gradient_accumulation_steps % world_size:
     fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size {world_size}: "
          f"the processes share them; try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}")
@@ -104,6 +104,8 @@ except ValueError as error:
 device_type = torch.device(device).type
 if backend is None:
     backend = 'nccl' if device_type == 'cuda' else 'gloo'
+if distributed and not dist.is_backend_available(backend):
+    fail(f"backend {backend!r}: this PyTorch has none of that name; on CPUs use --backend=gloo")
 if compile is None:
     compile = device_type == 'cuda' and sys.platform != 'win32'
 if device_type == 'cuda':
@@ -138,10 +140,10 @@ def open_bin(path):
                                         else f"dataset '{dataset}' is none of {known}"))
     if path.stat().st_size % 2:
         fail(f"{path} holds {path.stat().st_size} bytes, an odd number, but a token takes two: write it anew with `{prepare}`")
-    tokens = path.stat().st_size // 2
-    if tokens <= block_size:
-        fail(f"{path} holds {tokens} tokens, but a sequence takes block_size + 1 = {block_size + 1}: use a smaller --block_size or more text")
-    return np.asarray(np.memmap(path, dtype='<u2', mode='r'))
+    return np.asarray(np.memmap(path, dtype='<u2', mode='r')) if path.stat().st_size else np.zeros(0, '<u2')
+
+
+train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
 
 
 def get_batch(stream, iteration, micro_step):
@@ -172,9 +174,9 @@ torch.manual_seed(seed)
 try:
     spec = read_tokenizer(data_dir)
     if init_from == 'scratch':
-        # characters need as many ids as there are; a tokenizer's count is rounded up to a multiple of 64 for speed
-        vocab_size = {'char': lambda: len(spec['itos']), 'gpt2': lambda: 50304,
-                      'bpe': lambda: math.ceil(Tokenizer(spec).size / 64) * 64}[spec['kind']]()
+        vocab_size = 50257 if spec['kind'] == 'gpt2' else Tokenizer(spec).size
+        if spec['kind'] != 'char':
+            vocab_size = math.ceil(vocab_size / 64) * 64  # GPUs multiply by 50304 faster than by 50257
         model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
     elif init_from == 'resume':
         checkpoint = read_checkpoint(ckpt_path)
@@ -184,8 +186,17 @@ try:
         model = GPT.from_pretrained(init_from, dropout=dropout)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
+    model.to(device)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    if checkpoint:  # moments from the checkpoint; learning rate, decay and betas from the command line
+        optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+        for p, moments in optimizer.state.items():  # of a cropped wpe they are cropped too
+            moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and len(m) > len(p)})
+        scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
 except ValueError as error:
     fail(error)
+except KeyError as error:
+    fail(f"cannot resume {ckpt_path}: it lacks {error}")
 # What a checkpoint says of its model: nanoGPT's seven keys, one more only where we depart from nanoGPT
 model_args = {key: getattr(model.config, key) for key in (*shape, 'vocab_size')}
 if model.config.activation != 'gelu':
@@ -196,7 +207,11 @@ for key, value in model_args.items():
             print(f"{key} is {value!r}, as the weights have it, not {config[key]!r}")
         config[key] = value
 block_size = model.config.block_size
-model.to(device)
+window = np.arange(block_size + 1)
+for name, data in (('train.bin', train_data), ('val.bin', val_data)):
+    if len(data) <= block_size:
+        fail(f"{data_dir / name} holds {len(data)} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
+             f"use a smaller --block_size or more text")
 
 if master:
     print(f"tokens per iteration will be: {gradient_accumulation_steps * batch_size * block_size:,}")
@@ -207,19 +222,12 @@ if master:
         if key in config and config[key] != old and key != 'init_from':
             print(f"{key} was {old!r} in the checkpoint, is {config[key]!r} now")
 
-window = np.arange(block_size + 1)
-train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
-
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-if checkpoint and not eval_only:
-    try:  # moments from the checkpoint, learning rate, decay and betas from the command line
-        optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
-        for p, moments in optimizer.state.items():  # a cropped wpe has cropped moments
-            moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and len(m) > len(p)})
-        scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
-    except (KeyError, ValueError) as error:
-        fail(f"cannot resume {ckpt_path}: {error}")
-checkpoint = None  # frees the memory
+checkpoint = None  # frees its memory
+if master and not eval_only:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to out_dir {out_dir!r}: {error.strerror}")
 
 # -----------------------------------------------------------------------------
 # compile, then spread over the processes
@@ -228,16 +236,16 @@ raw_model = model
 if compile:
     from torch._dynamo.exc import TorchDynamoException  # seconds to import
     started = time.perf_counter()
-    try:  # a compiler fails at the first call, so make that here, on zeros, where eager is still a way out
+    try:  # a compiler fails at the first call, so make that here, where eager is still a way out
         model = torch.compile(raw_model)
-        zeros = torch.zeros(batch_size, block_size, dtype=torch.long, device=device)
         with autocast:
-            model(zeros, zeros)[1].backward()
+            model(*get_batch('train', 0, 0))[1].backward()
         if master:
             print(f"compiled in {time.perf_counter() - started:.0f} s")
     except TorchDynamoException as error:
         model = raw_model
-        print(f"torch.compile does not work here, running eager ({type(error).__name__}: {str(error).strip().splitlines()[0]})")
+        if master:
+            print(f"torch.compile does not work here, running eager ({type(error).__name__}: {str(error).strip().splitlines()[0]})")
     raw_model.zero_grad(set_to_none=True)
 if distributed:
     dist.init_process_group(backend)
@@ -296,17 +304,12 @@ def save_checkpoint():
 # -----------------------------------------------------------------------------
 # The loop
 
-if master and not eval_only:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to out_dir {out_dir!r}: {error.strerror}")
 if wandb_log and master:
     try:
         import wandb
     except ImportError:
         fail("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False")
-    offline = not wandb.api.api_key and 'WANDB_MODE' not in os.environ  # nobody answers a prompt in a batch job
+    offline = 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False)  # nobody answers a prompt in a batch job
     run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None)
     if offline:
         print(f"wandb: not logged in, so this run stays on disk; later: wandb login && wandb sync {os.path.dirname(run.dir)}")

@@ -33,6 +33,7 @@ def trained(house, tmp_path_factory):
     (['--block_size=5000'], 'use a smaller --block_size'),
     (['--batch_size=0'], 'batch_size must be at least 1'),
     (['--seed=-1'], 'seed must not be negative'),
+    (['--beta1=1.5'], 'Invalid beta parameter'),
     (['--out_dir=taken/out'], "cannot write to out_dir 'taken/out'"),
     (['--peak_flops=x'], 'peak_flops takes float or None')])
 def test_train(run, tmp_path, arguments, words):
@@ -87,6 +88,16 @@ def test_checkpoint(run, trained, tmp_path, damage, words):
     assert path.read_bytes() == damaged
 
 
+def test_checkpoint_for_sampling_only(run, trained, tmp_path):
+    """One whose optimizer was thrown away samples, but does not resume."""
+    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
+    del checkpoint['optimizer']
+    (tmp_path / 'out').mkdir()
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    run('sample.py', '--num_samples=1', '--max_new_tokens=2')
+    assert "cannot resume out/ckpt.pt: it lacks 'optimizer'" in run('train.py', *SMALL, '--init_from=resume', status=1)
+
+
 @pytest.mark.parametrize('arguments, words', [
     (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
     (['--start=日'], "never seen the character '日'"),
@@ -113,6 +124,7 @@ def test_bpe_files_out_of_reach(run, tmp_path):
 
 def test_ranks(run):
     """One rank speaks; torchrun reports behind it."""
-    for arguments, words in ((['--gradient_accumulation_steps=3'], 'gradient_accumulation_steps 3 is not divisible by the world size 2'),
+    for arguments, words in ((['--backend=mpi'], "backend 'mpi'"),
+                             (['--gradient_accumulation_steps=3'], 'gradient_accumulation_steps 3 is not divisible by the world size 2'),
                              (['--batchsize=3'], "unknown key 'batchsize'")):
         assert run('train.py', *SMALL, *arguments, status=1, ranks=2).count(words) == 1

@@ -104,3 +104,16 @@ def test_whole_characters(run, tmp_path):
     plain = sample(run, tmp_path, *how)
     assert any(127 < ord(c) != 0xfffd for text in plain for c in text[3:])  # characters of two bytes came up
     assert sample(run, tmp_path, *how, '--stream=True') == plain
+
+
+def test_transformers_folder(run, tmp_path, bpe):
+    """GPT-2's encoding for a folder without a tokenizer, greedy text as transformers' own, from <|endoftext|> where nothing is given."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32, initializer_range=1.0)).eval()
+    theirs.save_pretrained(tmp_path / 'gpt2')
+    for start in ('Hello, world', ''):
+        ids = torch.tensor([bpe.encode(start) or [50256]])
+        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=50256)
+        got = sample(run, tmp_path, f'--init_from={tmp_path / "gpt2"}', f'--start={start}', '--temperature=0', '--num_samples=1', '--max_new_tokens=12')
+        assert got == [start + bpe.decode(want[0, ids.size(1):].tolist())]
