@@ -48,20 +48,20 @@ def _configure(script):
             fail(f"{source}: {key} must be a finite number, not {value!r}")
         config[key] = value
 
-    def run(name):  # config/x.py of the working directory, else the one beside the script
-        folders = Path(script.get('__file__', name)).resolve().parents
-        path = next((p for p in (Path(name), *(folder / name for folder in folders)) if p.is_file()), None)
+    def run(name):  # config/x.py of the working directory, else of the project
+        project = [folder for folder in Path(script.get('__file__', name)).resolve().parents if (folder / 'configurator.py').is_file()]
+        path = next((p for p in (Path(name), *(folder / name for folder in project)) if p.is_file()), None)
         if path is None:
             fail(f"{name}: no such config file (a key is written --key=value)")
         seen = dict(config)
         try:
-            exec(builtins.compile(path.read_text(encoding='utf-8'), str(path), 'exec'), seen)
+            exec(builtins.compile(path.read_bytes(), str(path), 'exec'), seen)
         except Exception as error:  # whatever the user's file raises is said, with its line
             at = error.__traceback__.tb_next
             line = error.lineno if isinstance(error, SyntaxError) else at.tb_lineno if at else 0
             fail(f"{name}, line {line}: {type(error).__name__}: {error}")
         for key, value in seen.items():
-            if key[0] != '_' and not callable(value) and type(value).__name__ != 'module':
+            if key[0] != '_' and not callable(value) and type(value).__name__ not in ('module', '_Feature'):
                 put(key, value, name)
 
     if {'-h', '--help'} & set(sys.argv):

@@ -288,9 +288,9 @@ class GPT(nn.Module):
                 cache.pos = 0
                 todo = tokens[:, t + 1 - max(1, block_size // 2):t + 1]
 
-    def generate(self, idx, max_new_tokens, **how):
-        """idx (B, T) with max_new_tokens more, (B, T + max_new_tokens); `how` as in stream."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, **how)), dim=1)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **more):
+        """idx (B, T) with max_new_tokens more, (B, T + max_new_tokens); the arguments are stream's."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, **more)), dim=1)
 
     # -------------------------------------------------------------------------
     # weights in
@@ -307,7 +307,7 @@ class GPT(nn.Module):
             model.load_state_dict({name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
                                    if not name.endswith(('.attn.bias', '.attn.masked_bias'))})
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the checkpoint does not fit this model.py: {' '.join(str(error).split())}") from error
+            raise ValueError(f"the checkpoint does not fit this model.py: {one_line(error)}") from error
         return model
 
     @classmethod
@@ -318,16 +318,20 @@ class GPT(nn.Module):
         """
         from transformers import GPT2LMHeadModel, logging  # seconds to import, so only here
         if source not in GPT2_SIZES and not (Path(source) / 'config.json').is_file():
-            raise ValueError(f"init_from {source!r} is neither of {', '.join(GPT2_SIZES)} nor a folder with a GPT-2 that transformers saved")
+            raise ValueError(f"init_from {source!r} is no word that --help lists for it (resume, {', '.join(GPT2_SIZES)} …) "
+                             "and no folder with a GPT-2 that transformers saved")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            theirs = GPT2LMHeadModel.from_pretrained(f'openai-community/{source}' if source in GPT2_SIZES else source).float()
+            theirs, found = GPT2LMHeadModel.from_pretrained(f'openai-community/{source}' if source in GPT2_SIZES else source, output_loading_info=True)
         except Exception as error:  # many libraries speak here, each with errors of its own
             where = ("download it where there is a network (it lands in ~/.cache/huggingface, or HF_HOME) and copy it here"
                      if source in GPT2_SIZES else 'is the folder whole?')
-            raise ValueError(f"cannot read GPT-2 weights from {source!r} ({str(error).strip().splitlines()[0]}): {where}") from error
-        hf = theirs.config
+            raise ValueError(f"cannot read GPT-2 weights from {source!r} ({one_line(error)}): {where}") from error
+        wrong = set(found['missing_keys']) - {'lm_head.weight'} | set(map(str, found['mismatched_keys']))
+        if wrong:  # transformers fills them with random numbers
+            raise ValueError(f"the weights in {source!r} are not whole: {min(wrong)} is missing or of another shape")
+        hf = theirs.float().config
         activation = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}.get(hf.activation_function)
         if (activation is None or hf.n_inner not in (None, 4 * hf.n_embd) or hf.layer_norm_epsilon != 1e-5 or not hf.scale_attn_weights
                 or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention or not hf.tie_word_embeddings):
@@ -369,11 +373,16 @@ def read_checkpoint(path):
         raise ValueError(f"no checkpoint at {path}: train first, or name the folder with --out_dir")
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot read {path}, truncated or not a checkpoint ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+    except Exception as error:  # a damaged file fails in a dozen ways
+        raise ValueError(f"cannot read {path}, truncated or not a checkpoint ({one_line(error)})") from error
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_args')):
         raise ValueError(f"{path} is no checkpoint of train.py: it lacks 'model' or 'model_args'")
     return checkpoint
+
+
+def one_line(error):
+    """What an exception says, shortened to a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -393,9 +402,9 @@ def read_tokenizer(folder):
         try:
             with open(meta, 'rb') as f:
                 found = PlainUnpickler(f).load()
-            return {'kind': 'char', 'stoi': dict(found['stoi']), 'itos': dict(found['itos'])}
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"cannot read {meta} ({error}): it must hold a plain dict with vocab_size, stoi and itos") from error
+            return {'kind': 'char', **{key: found[key] for key in ('vocab_size', 'stoi', 'itos') if key in found}}
+        except Exception as error:  # a damaged pickle fails in a dozen ways
+            raise ValueError(f"cannot read {meta} ({one_line(error)}): it must hold a plain dict with vocab_size, stoi and itos") from error
     if trained.is_file():
         return {'kind': 'bpe', 'json': trained.read_text(encoding='utf-8')}
     return {'kind': 'gpt2'}
@@ -410,14 +419,20 @@ class Tokenizer:
     def __init__(self, spec):
         self.kind = spec['kind']
         if self.kind == 'char':
+            if not spec.keys() >= {'stoi', 'itos'}:
+                raise ValueError("meta.pkl says how many tokens there are, but not how they read: it lacks stoi or itos")
             self.stoi, self.itos = spec['stoi'], spec['itos']
             self.size, self.end = len(self.itos), None
             self.start = self.stoi.get('\n', 0)
         elif self.kind == 'bpe':
             import tokenizers
-            self.bpe = tokenizers.Tokenizer.from_str(spec['json'])
+            try:
+                self.bpe = tokenizers.Tokenizer.from_str(spec['json'])
+            except Exception as error:  # the library raises nothing more special
+                raise ValueError(f"tokenizer.json is not one of the tokenizers library ({one_line(error)})") from error
             self.size = self.bpe.get_vocab_size()
-            self.start = self.end = self.bpe.token_to_id('<|endoftext|>')
+            self.end = self.bpe.token_to_id('<|endoftext|>')
+            self.start = self.end or 0
         else:
             import tiktoken
             try:
@@ -463,20 +478,23 @@ def peak_flops_of(device, dtype):
     return next((peak for chip, peak in PEAK_FLOPS.items() if re.search(rf'\b{chip}', name) and 'MIG' not in name), None)
 
 
-def choose_device(device, dtype):
+def choose_device(device, dtype, local_rank=0):
     """
     Fills in what the user left None: cuda, else mps, else cpu; bfloat16 where CUDA has it, float16 on
-    older CUDA, float32 elsewhere. Returns (device, dtype) as text. Raises ValueError for what this machine lacks.
+    older CUDA, float32 elsewhere. Of several GPUs each local rank gets its own.
+    Returns (device, dtype) as text. Raises ValueError for what this machine lacks.
     """
     if device is None:
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == 'cuda':
+        device = f'cuda:{local_rank}'
     try:
         kind = torch.device(device).type
     except RuntimeError:
         kind = None
     if kind not in ('cuda', 'mps', 'cpu'):
         raise ValueError(f"device {device!r} is none of cuda, cuda:0, cuda:1 …, mps, cpu")
-    if kind == 'cuda' and (torch.device(device).index or 0) >= torch.cuda.device_count():
+    if kind == 'cuda' and torch.device(device).index >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; --device=cpu runs anywhere")
     if kind == 'mps' and not torch.backends.mps.is_available():
         raise ValueError("device 'mps': PyTorch sees no Apple GPU here; --device=cpu runs anywhere")
@@ -486,3 +504,16 @@ def choose_device(device, dtype):
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f"dtype {dtype!r} is none of float32, bfloat16, float16")
     return device, dtype
+
+
+def compile_forward(model, call, **how):
+    """
+    Compiles model.forward in place and tries it by call(). Returns None, or where the compiler is missing or fails
+    the line that says so, with the model eager again.
+    """
+    try:
+        model.forward = torch.compile(model.forward, **how)
+        call()
+    except Exception as error:  # compilers and their absence have errors of many kinds, and eager is always a way on
+        model.__dict__.pop('forward', None)
+        return f"torch.compile does not work here, running eager ({one_line(error)})"

@@ -10,6 +10,7 @@ The text goes to stdout, everything else to stderr.
 """
 from __future__ import annotations  # the configurator reads `int | None` as text
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT, GPT2_SIZES, Tokenizer, choose_device, read_checkpoint, read_tokenizer
+from model import GPT, GPT2_SIZES, Tokenizer, choose_device, compile_forward, read_checkpoint, read_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -39,6 +40,10 @@ compile = False              # torch.compile: slow to start
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 
+for name in ('SIGINT', 'SIGPIPE'):  # Ctrl-C, or a reader such as head that has seen enough: leave without a traceback
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+sys.stdout.reconfigure(errors='replace')  # a console that lacks a character
 for wrong, rule in ((num_samples < 1, 'num_samples must be at least 1'), (max_new_tokens < 1, 'max_new_tokens must be at least 1'),
                     (temperature < 0, 'temperature must not be negative'), ((top_k or 0) < 0, 'top_k must not be negative'),
                     (not 0 < (1 if top_p is None else top_p) <= 1, 'top_p must be in (0, 1]'), (seed < 0, 'seed must not be negative')):
@@ -53,14 +58,15 @@ try:
         checkpoint = read_checkpoint(Path(out_dir) / 'ckpt.pt')
         model = GPT.from_checkpoint(checkpoint)
         # nanoGPT's checkpoints name their data set, ours hold the tokenizer itself
-        spec = checkpoint.get('tokenizer') or read_tokenizer(ROOT / 'data' / checkpoint.get('config', {}).get('dataset', ''))
-        if spec['kind'] == 'gpt2' and model.config.vocab_size < 50257:
-            sys.exit(f"{out_dir}/ckpt.pt knows {model.config.vocab_size} tokens but not which: put the meta.pkl of its "
-                     f"data set into {ROOT / 'data' / checkpoint.get('config', {}).get('dataset', 'NAME')}")
+        folder = ROOT / 'data' / (checkpoint.get('config') or {}).get('dataset', 'NAME')
+        spec = checkpoint.get('tokenizer') or read_tokenizer(folder)
     else:
         model = GPT.from_pretrained(init_from)
-        spec = {'kind': 'gpt2'} if init_from in GPT2_SIZES else read_tokenizer(init_from)
-    tokenizer = Tokenizer(spec)
+        folder = Path(init_from)
+        spec = {'kind': 'gpt2'} if init_from in GPT2_SIZES else read_tokenizer(folder)
+    tokenizer = Tokenizer(spec) if spec['kind'] != 'gpt2' or model.config.vocab_size >= 50257 else None
+    if tokenizer is None or tokenizer.size > model.config.vocab_size:
+        sys.exit(f"the model has {model.config.vocab_size} tokens, but which? Put the meta.pkl or tokenizer.json of its data set into {folder}")
     if start.startswith('FILE:'):
         start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
     elif start == '-':
@@ -70,10 +76,13 @@ except (ValueError, OSError) as error:
     sys.exit(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
 
 model.eval().to(device)
+autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32')
 if compile:
-    model.compile(dynamic=True)
-device_type = torch.device(device).type
-autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
+    trial = torch.tensor([prompt], device=device)
+    with autocast:
+        failed = compile_forward(model, lambda: model.generate(trial, 2), dynamic=True)
+    if failed:
+        print(failed, file=sys.stderr)
 
 
 def cut(ids):
@@ -99,9 +108,9 @@ for batch in ([i] for i in range(num_samples)) if stream else [range(num_samples
             rows = [cut(row) for row in torch.cat(new, dim=1).tolist()]
             if stream:  # hold back half a character, and what may be the beginning of `stop`
                 text, ended = rows[0]
-                whole = len(text) if ended else len(text.rstrip('\ufffd')) - (len(stop) - 1 if stop else 0)
+                whole = len(text) if ended else max(shown, len(text.rstrip('\ufffd')) - (len(stop) - 1 if stop else 0))
                 print(text[shown:whole], end='', flush=True)
-                shown = max(shown, whole)
+                shown = whole
             if all(ended for _, ended in rows):
                 break
     for row in torch.cat(new, dim=1).tolist():

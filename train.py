@@ -12,10 +12,14 @@ Two machines with 8 GPUs each, the first at 10.0.0.1 (put NCCL_IB_DISABLE=1 befo
 """
 from __future__ import annotations  # the configurator reads `int | None` as text
 
+import json
 import math
 import os
+import signal
 import sys
 import time
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GPTConfig, choose_device, peak_flops_of, read_checkpoint, read_tokenizer, Tokenizer
+from model import GPT, GPTConfig, Tokenizer, choose_device, compile_forward, peak_flops_of, read_checkpoint, read_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -32,10 +36,11 @@ ROOT = Path(__file__).resolve().parent
 # where things go
 out_dir = 'out'                         # checkpoints land here, relative to the working directory
 eval_interval = 2000                    # iterations between evaluations, each of which saves a checkpoint
+checkpoint_interval = 0                 # iterations between further checkpoints, 0 for none
 log_interval = 1                        # iterations between log lines
 eval_iters = 200                        # micro-batches per evaluation, of each split
 eval_only = False                       # evaluate once and leave
-always_save_checkpoint = True           # False: only when the validation loss has improved
+always_save_checkpoint = True           # False: ckpt.pt is the best model, and last.pt beside it the newest
 init_from = 'scratch'                   # scratch, resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder that transformers saved
 seed = 1337                             # of weights, batches and dropout
 # wandb
@@ -67,6 +72,7 @@ lr_decay_iters = 600000                 # where the cosine arrives at min_lr, us
 min_lr = 6e-5                           # usually learning_rate / 10
 # the machine; None: what is there
 backend: str | None = None              # of torch.distributed: nccl or gloo
+dist_timeout = 600                      # seconds that a process waits for the others
 device: str | None = None               # cpu, cuda, cuda:1, mps
 dtype: str | None = None                # float32, bfloat16, or float16, which scales its gradients
 compile: bool | None = None             # torch.compile; by itself on CUDA only
@@ -75,10 +81,11 @@ exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 # The machine: which process of how many this is, on which device, in which precision
 
-rank, local_rank, world_size = (int(os.environ.get(name, default))
-                                for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 distributed = 'RANK' in os.environ  # set by torchrun
+rank, local_rank, world_size, local_world_size = (int(os.environ[name]) if distributed else alone for name, alone in
+                                                  (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
 master = rank == 0                  # the one that prints and saves
+asked_to_leave = False              # by SIGTERM or Ctrl-C; obeyed where the state is whole
 
 
 def fail(message):
@@ -86,22 +93,63 @@ def fail(message):
     sys.exit(str(message) if local_rank == 0 else 1)
 
 
+def all_reduce(values, operation=dist.ReduceOp.SUM):
+    """The sum, or another reduction, of a tensor over all ranks."""
+    if distributed:
+        dist.all_reduce(values, operation)
+    return values
+
+
+@contextmanager
+def writing(path):
+    """Turns what the file system says while path is written into one line."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}" + ("; the checkpoint before it is whole" if iter_num else ""))
+
+
+def ask_to_leave(number, frame):
+    global asked_to_leave
+    if asked_to_leave and number == signal.SIGINT and not distributed:  # torchrun repeats the first Ctrl-C itself
+        os._exit(130)
+    asked_to_leave = True
+
+
+def last_words(kind, error, trace):
+    """What nobody can mend here ends in one line too: a lost peer, too little memory. The rest is a bug, with its traceback."""
+    if distributed and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+        words = f"lost the other ranks ({str(error).splitlines()[0]}): nothing saved, go on with --init_from=resume"
+    elif isinstance(error, torch.OutOfMemoryError):
+        words = f"out of memory on {device}: halve --batch_size and double --gradient_accumulation_steps, or shorten --block_size"
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"rank {rank}: {words}", file=sys.__stderr__, flush=True)  # init_process_group puts a buffer in place of sys.stderr
+    os._exit(1)                                                      # no waiting for peers that are gone
+
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, ask_to_leave)
+sys.excepthook = last_words
+
 for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[key] < 1:
         fail(f"{key} must be at least 1, not {config[key]}")
-for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip'):
+for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip', 'checkpoint_interval'):
     if config[key] < 0:
         fail(f"{key} must not be negative, but is {config[key]}")
 if gradient_accumulation_steps % world_size:
     fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size {world_size}: "
          f"the processes share them; try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}")
+if device in (None, 'cuda') and 0 < torch.cuda.device_count() < local_world_size:
+    fail(f"--nproc_per_node={local_world_size}, but PyTorch sees {torch.cuda.device_count()} CUDA devices here: one process each")
 try:
-    if distributed and device in (None, 'cuda') and torch.cuda.is_available():
-        device = f'cuda:{local_rank}'
-    device, dtype = choose_device(device, dtype)
+    device, dtype = choose_device(device, dtype, local_rank)
 except ValueError as error:
     fail(error)
 device_type = torch.device(device).type
+if distributed and device_type == 'mps':
+    fail("torchrun cannot spread a run over an Apple GPU: --device=cpu, or plain python")
 if backend is None:
     backend = 'nccl' if device_type == 'cuda' else 'gloo'
 if distributed and not dist.is_backend_available(backend):
@@ -129,21 +177,28 @@ def randomness(stream, iteration, micro_step):
 # Data
 
 data_dir = ROOT / 'data' / dataset
-prepare = f"python {os.path.relpath(data_dir / 'prepare.py')}"
+prepare = data_dir / 'prepare.py'
+if prepare.is_relative_to(Path.cwd()):
+    prepare = prepare.relative_to(Path.cwd())
 
 
 def open_bin(path):
     """The tokens of a .bin file, (n,) uint16, read from disk as they are used."""
     if not path.is_file():
         known = ', '.join(sorted(p.parent.name for p in ROOT.glob('data/*/prepare.py')))
-        fail(f"there is no {path}: " + (f"run `{prepare}` first" if (data_dir / 'prepare.py').is_file()
+        fail(f"there is no {path}: " + (f"run `python {prepare}` first" if prepare.is_file()
                                         else f"dataset '{dataset}' is none of {known}"))
     if path.stat().st_size % 2:
-        fail(f"{path} holds {path.stat().st_size} bytes, an odd number, but a token takes two: write it anew with `{prepare}`")
+        fail(f"{path} holds {path.stat().st_size} bytes, an odd number, but a token takes two: write it anew with `python {prepare}`")
     return np.asarray(np.memmap(path, dtype='<u2', mode='r')) if path.stat().st_size else np.zeros(0, '<u2')
 
 
 train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
+
+
+def foreign_id(name, tokens):
+    return (f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at {model_args['vocab_size'] - 1}: "
+            f"was the data prepared with another tokenizer?")
 
 
 def get_batch(stream, iteration, micro_step):
@@ -152,9 +207,7 @@ def get_batch(stream, iteration, micro_step):
     starts = randomness(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
     tokens = data[starts[:, None] + window]                       # (B, T + 1) uint16
     if tokens.max() >= model_args['vocab_size']:
-        name = 'val.bin' if stream == 'eval-val' else 'train.bin'
-        sys.exit(f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at {model_args['vocab_size'] - 1}: "
-                 f"was the data prepared with another tokenizer?")
+        sys.exit(foreign_id('val.bin' if stream == 'eval-val' else 'train.bin', tokens))
     tokens = torch.from_numpy(tokens.view(np.int16))              # two bytes a token on the way, widened there
     if device_type == 'cuda':
         tokens = tokens.pin_memory()
@@ -165,23 +218,38 @@ def get_batch(stream, iteration, micro_step):
 # -----------------------------------------------------------------------------
 # The model: anew, from a checkpoint, or GPT-2
 
-ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+ckpt_path, last_path, metrics_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl'))
+iter_num, best_val_loss, wandb_id, checkpoint = 0, math.inf, None, None
+if master and not eval_only:
+    with writing(out_dir):
+        os.makedirs(out_dir, exist_ok=True)
+        if os.name == 'posix':
+            import fcntl
+            folder = os.open(out_dir, os.O_RDONLY)
+            try:  # the lock is the folder's own and ends with this process, whatever ends it
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"another run is writing to {out_dir}: give this one another --out_dir")
+        for path in (ckpt_path, last_path, metrics_path):
+            Path(f'{path}.part').unlink(missing_ok=True)  # of a run that was killed while it wrote
+found = [path for path in (ckpt_path, last_path) if os.path.exists(path)]
 if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+    init_from = 'resume' if found else 'scratch'
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
-iter_num, best_val_loss, checkpoint = 0, math.inf, None
 torch.manual_seed(seed)
 try:
     spec = read_tokenizer(data_dir)
     if init_from == 'scratch':
-        vocab_size = 50257 if spec['kind'] == 'gpt2' else Tokenizer(spec).size
-        if spec['kind'] != 'char':
-            vocab_size = math.ceil(vocab_size / 64) * 64  # GPUs multiply by 50304 faster than by 50257
+        # GPUs multiply by 50304 faster than by 50257, so all but characters are rounded up to a multiple of 64
+        vocab_size = (spec.get('vocab_size') or len(spec['itos']) if spec['kind'] == 'char' else
+                      50304 if spec['kind'] == 'gpt2' else math.ceil(Tokenizer(spec).size / 64) * 64)
         model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
     elif init_from == 'resume':
-        checkpoint = read_checkpoint(ckpt_path)
+        checkpoint, source = max(((read_checkpoint(path), path) for path in found or [ckpt_path]), key=lambda pair: pair[0]['iter_num'])
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
-        iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+        if checkpoint.setdefault('tokenizer', spec) != spec:
+            raise ValueError(f"{data_dir} was prepared with another tokenizer than the data that {source} was trained on")
+        iter_num, best_val_loss, wandb_id = checkpoint['iter_num'], float(checkpoint['best_val_loss']), checkpoint.get('wandb_id')
     else:
         model = GPT.from_pretrained(init_from, dropout=dropout)
     if block_size < model.config.block_size:
@@ -189,14 +257,20 @@ try:
     model.to(device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     if checkpoint:  # moments from the checkpoint; learning rate, decay and betas from the command line
-        optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
-        for p, moments in optimizer.state.items():  # of a cropped wpe they are cropped too
-            moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and len(m) > len(p)})
+        groups = optimizer.state_dict()['param_groups']
+        same = [len(group['params']) for group in groups] == [len(group['params']) for group in checkpoint['optimizer']['param_groups']]
+        if same:
+            optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': groups})
+            wpe = optimizer.state.get(model.transformer.wpe.weight, {})
+            wpe.update({key: m[:block_size].clone() for key, m in wpe.items() if m.dim()})  # cropped with it
+            same = all(m.shape == p.shape for p, moments in optimizer.state.items() for m in moments.values() if m.dim())
+        if not same:  # nanoGPT sorted its parameters otherwise before 2023
+            raise ValueError(f"the optimizer state in {source} is laid out for another list of parameters")
         scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
 except ValueError as error:
     fail(error)
 except KeyError as error:
-    fail(f"cannot resume {ckpt_path}: it lacks {error}")
+    fail(f"cannot resume from {out_dir}: the checkpoint lacks {error}")
 # What a checkpoint says of its model: nanoGPT's seven keys, one more only where we depart from nanoGPT
 model_args = {key: getattr(model.config, key) for key in (*shape, 'vocab_size')}
 if model.config.activation != 'gelu':
@@ -212,70 +286,64 @@ for name, data in (('train.bin', train_data), ('val.bin', val_data)):
     if len(data) <= block_size:
         fail(f"{data_dir / name} holds {len(data)} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
              f"use a smaller --block_size or more text")
+    if data[:2 ** 27].max() >= model_args['vocab_size']:  # here for most data sets, for what lies behind in get_batch
+        fail(foreign_id(name, data[:2 ** 27]))
 
 if master:
     print(f"tokens per iteration will be: {gradient_accumulation_steps * batch_size * block_size:,}")
-    print({'scratch': "a new model", 'resume': f"resuming {ckpt_path} at iteration {iter_num}"}.get(init_from, f"GPT-2 weights from {init_from}")
+    print({'scratch': "a new model", 'resume': f"resuming {source} at iteration {iter_num}" if checkpoint else ""}.get(init_from, f"GPT-2 weights from {init_from}")
           + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; {device}, {dtype}"
           + (f", {world_size} processes" if distributed else ''))
     for key, old in (checkpoint or {}).get('config', {}).items():
         if key in config and config[key] != old and key != 'init_from':
             print(f"{key} was {old!r} in the checkpoint, is {config[key]!r} now")
 
-checkpoint = None  # frees its memory
-if master and not eval_only:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to out_dir {out_dir!r}: {error.strerror}")
+    if found and not checkpoint and not eval_only:
+        print(f"{' and '.join(found)} of an earlier run will be overwritten")
+resumed, checkpoint = checkpoint is not None, None  # frees its memory
 
 # -----------------------------------------------------------------------------
 # compile, then spread over the processes
 
-raw_model = model
 if compile:
-    from torch._dynamo.exc import TorchDynamoException  # seconds to import
     started = time.perf_counter()
-    try:  # a compiler fails at the first call, so make that here, where eager is still a way out
-        model = torch.compile(raw_model)
+
+    def trial():  # compilers fail at the first call, so make that here
         with autocast:
             model(*get_batch('train', 0, 0))[1].backward()
-        if master:
-            print(f"compiled in {time.perf_counter() - started:.0f} s")
-    except TorchDynamoException as error:
-        model = raw_model
-        if master:
-            print(f"torch.compile does not work here, running eager ({type(error).__name__}: {str(error).strip().splitlines()[0]})")
-    raw_model.zero_grad(set_to_none=True)
+    failed = compile_forward(model, trial)
+    model.zero_grad(set_to_none=True)
+    if master:
+        print(failed or f"compiled in {time.perf_counter() - started:.0f} s")
+ddp_model = model
 if distributed:
-    dist.init_process_group(backend)
-    ddp_model = DistributedDataParallel(model, device_ids=[local_rank] if device_type == 'cuda' else None)
-else:
-    ddp_model = model
+    dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
+    first, last = (all_reduce(torch.tensor(iter_num, device=device), operation).item() for operation in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if first != last:
+        fail(f"some ranks found a checkpoint of iteration {last} and others of {first}: {out_dir} must be one folder, shared by all machines")
+    ddp_model = DistributedDataParallel(model)
+    voters = dist.new_group(backend='gloo')  # for the flags of vote(), away from the gradients
 
 # -----------------------------------------------------------------------------
-# evaluating, saving, scheduling
-
-
-def all_sum(values):
-    """Sums a tensor over all ranks."""
-    if distributed:
-        dist.all_reduce(values)
-    return values
+# evaluating, scheduling, recording, saving
 
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean loss of eval_iters micro-batches of each split, the same ones every time, shared among the ranks."""
+    """Mean loss of eval_iters micro-batches of each split, the same ones every time, shared among the ranks; None when asked to leave."""
     model.eval()
     losses = torch.zeros(2, device=device)
     for split, stream in enumerate(('eval-train', 'eval-val')):
-        for k in range(rank, eval_iters, world_size):
+        for k in range(rank, math.ceil(eval_iters / world_size) * world_size, world_size):
+            if asked_to_leave and not distributed:
+                return None
             X, Y = get_batch(stream, 0, k)
             with autocast:
-                losses[split] += model(X, Y)[1]
+                loss = model(X, Y)[1]
+            if k < eval_iters:  # every rank runs as many, so that none is waited for
+                losses[split] += loss
     model.train()
-    return (all_sum(losses) / eval_iters).tolist()
+    return (all_reduce(losses) / eval_iters).tolist()
 
 
 def get_lr(it):
@@ -290,49 +358,124 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-def save_checkpoint():
-    """Writes ckpt.pt beside its place and renames it, so that there is a whole one at every instant."""
-    state = {'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
-             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'scaler': scaler.state_dict(), 'tokenizer': spec}
-    with open(ckpt_path + '.part', 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(ckpt_path + '.part', ckpt_path)
+def record(**line):
+    """A line of metrics.jsonl, and the same to wandb."""
+    with writing(metrics_path):
+        metrics.write(json.dumps(line) + '\n')
+    if wandb_log:
+        wandb.log(line)
+
+
+def stop_if_not_finite():
+    """Ends the run on all ranks, with its files as they are, if any iteration so far went wrong. Waits for the device."""
+    first = all_reduce(first_bad.clone(), dist.ReduceOp.MIN).item()
+    if first < math.inf:
+        fail(f"iteration {first:.0f}: the loss or the norm of the gradient is not finite. Nothing was saved since; "
+             "resume from the last checkpoint with a lower --learning_rate, or with another --seed")
+
+
+def save_checkpoint(path):
+    """Writes a checkpoint beside its place and renames it, so that there is a whole one at every instant."""
+    stop_if_not_finite()
+    if not master:
+        return
+    state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args, 'iter_num': iter_num,
+             'best_val_loss': best_val_loss, 'config': config, 'scaler': scaler.state_dict(), 'tokenizer': spec, 'wandb_id': wandb_id}
+    with writing(path):
+        try:
+            with open(f'{path}.part', 'wb') as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(f'{path}.part', path)
+        except RuntimeError as error:  # torch.save's own, behind which the file system's stands
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error)
+        finally:
+            Path(f'{path}.part').unlink(missing_ok=True)
+        if path == ckpt_path:
+            Path(last_path).unlink(missing_ok=True)  # older now
+        if os.name == 'posix':
+            os.fsync(folder)  # the new name too survives a power cut
+
+
+def vote():
+    """
+    Whether to leave before this iteration. Ranks may get SIGTERM in different iterations, so each posts its flag
+    now and all read the sum an iteration later: they agree, and nobody has waited.
+    """
+    global ballot
+    if not distributed:
+        return asked_to_leave
+    agreed = ballot is not None and ballot[0].wait() and ballot[1].item() > 0
+    flag = torch.tensor(float(asked_to_leave))
+    ballot = dist.all_reduce(flag, group=voters, async_op=True), flag
+    return agreed
 
 
 # -----------------------------------------------------------------------------
 # The loop
 
+if master and not eval_only:
+    with writing(metrics_path):  # a resumed run repeats what came after its checkpoint, so those lines go
+        kept = []
+        if resumed and os.path.exists(metrics_path):
+            with open(metrics_path, encoding='utf-8') as f:
+                kept = [line for line in f if line.endswith('}\n') and json.loads(line)['iter'] < iter_num]
+        with open(f'{metrics_path}.part', 'w', encoding='utf-8') as f:
+            f.writelines(kept)
+        os.replace(f'{metrics_path}.part', metrics_path)
+        metrics = open(metrics_path, 'a', encoding='utf-8', buffering=1)
 if wandb_log and master:
     try:
         import wandb
     except ImportError:
         fail("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False")
     offline = 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False)  # nobody answers a prompt in a batch job
-    run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None)
+    run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None,
+                     id=wandb_id, resume='allow' if wandb_id else None)
+    wandb_id = run.id
     if offline:
         print(f"wandb: not logged in, so this run stays on disk; later: wandb login && wandb sync {os.path.dirname(run.dir)}")
 
 peak = peak_flops or peak_flops_of(device, dtype)
-loss_sum = torch.zeros((), device=device)        # of this rank's micro-batches of one iteration
-clock, iterations = time.perf_counter(), 0       # since the last log line; evaluations stop the clock
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+loss_sum = torch.zeros((), device=device)             # of this rank's micro-batches of one iteration
+first_bad = torch.full((), math.inf, device=device)   # the first iteration with a loss or gradient that is not finite
+clock, iterations = time.perf_counter(), 0            # since the last log line; evaluations and checkpoints stop the clock
+saved_at, ballot = None, None
 model.train()
 while True:
-    if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
+    if vote():
+        if not eval_only and saved_at != iter_num:
+            save_checkpoint(ckpt_path if always_save_checkpoint else last_path)
+        if master:
+            print(f"asked to leave before iteration {iter_num}: " + ("nothing to save" if eval_only else f"all is in {out_dir}, go on with --init_from=resume"), flush=True)
+        break
+
+    at_evaluation = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
+    if at_evaluation or (checkpoint_interval and iter_num % checkpoint_interval == 0):
         if device_type == 'cuda':
             torch.cuda.synchronize()
         paused = time.perf_counter()
-        train_loss, val_loss = estimate_loss()
-        if master:
-            print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", flush=True)
-            if wandb_log:
-                wandb.log({'iter': iter_num, 'train/loss': train_loss, 'val/loss': val_loss, 'lr': get_lr(iter_num)})
-        improved = val_loss < best_val_loss
+        improved = False
+        if at_evaluation:
+            losses = estimate_loss()
+            if losses is None:
+                continue
+            train_loss, val_loss = losses
+            improved = val_loss < best_val_loss
+            if master:
+                print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", flush=True)
+            if not eval_only and not math.isfinite(train_loss + val_loss):
+                stop_if_not_finite()
+                fail(f"iteration {iter_num}: the evaluated loss is not finite. Resume from the last checkpoint with a lower --learning_rate")
         if not eval_only:
-            best_val_loss = min(best_val_loss, val_loss)
-            if master and (improved or always_save_checkpoint):
-                save_checkpoint()
+            best_val_loss = min(best_val_loss, val_loss) if improved else best_val_loss
+            if master and at_evaluation:
+                record(**{'iter': iter_num, 'train/loss': train_loss, 'val/loss': val_loss, 'lr': get_lr(iter_num), 'tokens': iter_num * tokens_per_iter})
+            if iter_num != saved_at:
+                save_checkpoint(ckpt_path if improved or always_save_checkpoint else last_path)
+                saved_at = iter_num
         clock += time.perf_counter() - paused
     if eval_only or iter_num >= max_iters:
         break
@@ -350,27 +493,36 @@ while True:
             _, loss = ddp_model(X, Y)
         scaler.scale(loss * (world_size / gradient_accumulation_steps)).backward()
         loss_sum += loss.detach()
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        if asked_to_leave and not distributed:
+            break
+    if asked_to_leave and not distributed:
+        continue  # the parameters have not moved: leave with them as they were
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    # under float16 an infinite gradient is the scaler's business: it skips the step and scales down
+    healthy = torch.isfinite(loss_sum if dtype == 'float16' else loss_sum + grad_norm)
+    first_bad = torch.where(healthy, first_bad, first_bad.clamp(max=iter_num))
 
     iterations += 1
     if iter_num % log_interval == 0:
-        train_loss = all_sum(loss_sum).item() / gradient_accumulation_steps  # of this iteration, on all ranks; waits for the device
+        stop_if_not_finite()
+        train_loss = all_reduce(loss_sum).item() / gradient_accumulation_steps  # of this iteration, on all ranks
         seconds = (time.perf_counter() - clock) / iterations
-        tokens_per_second = gradient_accumulation_steps * batch_size * block_size / seconds
-        mfu = raw_model.estimate_mfu(tokens_per_second / world_size, peak)
+        tokens_per_second = tokens_per_iter / seconds
+        mfu = model.estimate_mfu(tokens_per_second / world_size, peak)
         if master:
             print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
                   f"{tokens_per_second:,.0f} tok/s", flush=True)
-            if wandb_log:
-                wandb.log({'iter': iter_num, 'iter/loss': train_loss, 'lr': lr, 'mfu': mfu, 'tokens_per_second': tokens_per_second})
+            record(iter=iter_num, loss=train_loss, lr=lr, grad_norm=grad_norm.item(), ms=seconds * 1000, tokens_per_second=tokens_per_second,
+                   mfu=mfu, tokens=(iter_num + 1) * tokens_per_iter)
         clock, iterations = time.perf_counter(), 0
     loss_sum.zero_()
     iter_num += 1
 
 if distributed:
+    if ballot:
+        ballot[0].wait()
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What the prepare.py scripts share: downloads and files that appear whole or not at all, GPT-2's BPE, characters."""
 import hashlib
+import http.client
 import os
 import pickle
 import sys
@@ -33,7 +34,7 @@ def download(url, sha256, path):
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
                 body = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             sys.exit(f"cannot download {url} ({getattr(error, 'reason', error)}): fetch it where there is a network and put it at {path}")
         check(body, sha256, url)
         with whole(path) as f:

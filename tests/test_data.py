@@ -3,6 +3,8 @@ import json
 import pickle
 import shutil
 import socket
+import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -39,8 +41,24 @@ def test_python_char(run, house):
     assert open(ensurepip.__file__).read() not in train + val
 
 
+@contextmanager
+def cut_off_server():
+    """The address of a server that promises 1000 bytes and hangs up after 4."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        def serve():
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b'HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf')
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f'http://127.0.0.1:{server.getsockname()[1]}/input.txt'
+        thread.join()
+
+
 def test_download(run, house, tmp_path):
     """Without a network one line names the address and the place; a damaged file is refused; neither leaves anything behind."""
+    from common import download
     folder = house / 'data' / 'shakespeare_char'
     for path in folder.glob('*.*'):
         if path.suffix in ('.txt', '.bin', '.pkl'):
@@ -51,6 +69,10 @@ def test_download(run, house, tmp_path):
         words = run('data/shakespeare_char/prepare.py', status=1, env={'HTTPS_PROXY': f'http://127.0.0.1:{closed.getsockname()[1]}'})
     assert 'https://raw.githubusercontent.com/karpathy/char-rnn' in words and f'put it at {folder / "input.txt"}' in words
     assert sorted(folder.iterdir()) == before
+    with pytest.raises(SystemExit, match='cannot download http://127.0.0.1:.*put it at'):
+        with cut_off_server() as address:
+            download(address, '', tmp_path / 'input.txt')
+    assert not list(tmp_path.iterdir())
     (folder / 'input.txt').write_text('First Citizen')
     assert 'is damaged: 13 bytes' in run('data/shakespeare_char/prepare.py', status=1)
     (folder / 'input.txt').unlink()
@@ -72,7 +94,14 @@ def test_openwebtext(run, house, tmp_path, bpe):
         want = [i for text in part['text'] for i in bpe.encode_ordinary(text) + [50256]]
         assert read(house, 'openwebtext', name).tolist() == want
         assert f'{name}.bin has {len(want):,} tokens in {len(part):,} documents' in out
-    assert 'no such files' in run('data/openwebtext/prepare.py', '--files=*.csv', status=1)
+    before = [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
+    for name, text, words in (('one.jsonl', '{"text": "alone"}', '1 documents'), ('two.jsonl', '{"a": 1}\n{"a": 2}', 'with the fields a'),
+                              ('null.jsonl', '{"text": "a"}\n{"text": null}', 'each with a text'), ('bad.jsonl', '{"text', 'cannot be read as json'),
+                              ('x.csv', 'text', 'must all be .parquet')):
+        (tmp_path / name).write_text(text)
+        assert words in run('data/openwebtext/prepare.py', f'--files={name}', status=1)
+    assert 'no such files' in run('data/openwebtext/prepare.py', '--files=*.tsv', status=1)
+    assert before == [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]  # mistakes harm no data
 
 
 def test_bins_appear_whole(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """What a newcomer gets wrong: exit status 1, one line on stderr that says what to do, no traceback, nothing harmed."""
+import random
 import shutil
 import socket
 
@@ -25,7 +26,7 @@ def trained(house, tmp_path_factory):
     (['--dataset=shakespeare_char'], 'shakespeare_char/prepare.py` first'),
     (['--dataset=shakespear'], "dataset 'shakespear' is none of openwebtext, python_char, shakespeare, shakespeare_char"),
     (['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
-    (['--init_from=gpt3'], "init_from 'gpt3' is neither of gpt2, gpt2-medium"),
+    (['--init_from=resum'], "init_from 'resum' is no word that --help lists for it (resume, gpt2, gpt2-medium"),
     (['--init_from=gpt2'], "cannot read GPT-2 weights from 'gpt2'"),
     (['--device=tpu'], "device 'tpu' is none of"),
     (['--dtype=float8'], "dtype 'float8' is none of"),
@@ -34,7 +35,7 @@ def trained(house, tmp_path_factory):
     (['--batch_size=0'], 'batch_size must be at least 1'),
     (['--seed=-1'], 'seed must not be negative'),
     (['--beta1=1.5'], 'Invalid beta parameter'),
-    (['--out_dir=taken/out'], "cannot write to out_dir 'taken/out'"),
+    (['--out_dir=taken/out'], 'cannot write taken/out: Not a directory'),
     (['--peak_flops=x'], 'peak_flops takes float or None')])
 def test_train(run, tmp_path, arguments, words):
     (tmp_path / 'taken').write_text('a file')
@@ -44,7 +45,7 @@ def test_train(run, tmp_path, arguments, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
 def test_cuda_without_cuda(run):
     for script in (['train.py', *SMALL], ['sample.py']):
-        assert "device 'cuda': PyTorch sees 0 CUDA devices here; --device=cpu runs anywhere" in run(*script, '--device=cuda', status=1)
+        assert "device 'cuda:0': PyTorch sees 0 CUDA devices here; --device=cpu runs anywhere" in run(*script, '--device=cuda', status=1)
 
 
 @pytest.mark.parametrize('split, ids, words', [
@@ -75,8 +76,10 @@ def test_meta(run, house):
     (lambda path: path.write_bytes(path.read_bytes()[:-2000]), 'truncated or not a checkpoint'),
     (lambda path: path.write_bytes(b''), 'truncated or not a checkpoint'),
     (lambda path: path.write_text('not a checkpoint at all'), 'truncated or not a checkpoint'),
+    (lambda path: path.write_bytes(random.Random(7).randbytes(1000)), 'truncated or not a checkpoint'),
     (lambda path: torch.save({'weights': 1}, path), "is no checkpoint of train.py"),
-    (lambda path: torch.save({'model': {}, 'model_args': {'n_layer': 1}}, path), 'the checkpoint does not fit this model.py')])
+    (lambda path: torch.save({'model': [1], 'model_args': None}, path), "is no checkpoint of train.py"),
+    (lambda path: torch.save({'model': {}, 'model_args': {'n_layer': 1}, 'iter_num': 0}, path), 'the checkpoint does not fit this model.py')])
 def test_checkpoint(run, trained, tmp_path, damage, words):
     path = tmp_path / 'out' / 'ckpt.pt'
     path.parent.mkdir()
@@ -95,7 +98,7 @@ def test_checkpoint_for_sampling_only(run, trained, tmp_path):
     (tmp_path / 'out').mkdir()
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
     run('sample.py', '--num_samples=1', '--max_new_tokens=2')
-    assert "cannot resume out/ckpt.pt: it lacks 'optimizer'" in run('train.py', *SMALL, '--init_from=resume', status=1)
+    assert "cannot resume from out: the checkpoint lacks 'optimizer'" in run('train.py', *SMALL, '--init_from=resume', status=1)
 
 
 @pytest.mark.parametrize('arguments, words', [

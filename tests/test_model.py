@@ -67,9 +67,14 @@ def test_pretrained_variants(tmp_path):
     x = tokens(2, 8, high=11)
     assert net.config.activation == 'gelu' and (net.lm_head(net.hidden(x)) - erf(x).logits).abs().max() < 1e-5
     GPT2LMHeadModel(GPT2Config(**small, activation_function='relu')).save_pretrained(tmp_path / 'relu')
+    from safetensors.torch import load_file, save_file
+    erf.save_pretrained(tmp_path / 'partial')
+    weights = load_file(tmp_path / 'partial' / 'model.safetensors')
+    del weights['transformer.h.0.mlp.c_fc.weight']
+    save_file(weights, tmp_path / 'partial' / 'model.safetensors', metadata={'format': 'pt'})
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'config.json').write_text('{')
-    for folder, words in (('relu', 'a variant of GPT-2'), ('broken', 'cannot read'), ('missing', 'is neither of gpt2')):
+    for folder, words in (('relu', 'a variant of GPT-2'), ('partial', 'are not whole: transformer.h.0.mlp.c_fc.weight'), ('broken', 'cannot read'), ('missing', 'is no word that --help lists')):
         with pytest.raises(ValueError, match=words) as error:
             GPT.from_pretrained(str(tmp_path / folder))
         assert '\n' not in str(error.value)
@@ -228,6 +233,23 @@ def test_optimizer_groups():
     assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0) and decay['fused'] and rest['fused']
 
 
+def test_devices(monkeypatch):
+    """A GPU always gets its number, which torch.cuda.set_device demands; precision follows the GPU, not the command line's order."""
+    assert ours.choose_device('cpu', None) == ('cpu', 'float32') and ours.choose_device('cpu', 'bfloat16') == ('cpu', 'bfloat16')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for has_bf16, dtype in ((True, 'bfloat16'), (False, 'float16')):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has_bf16)
+        assert ours.choose_device(None, None) == ('cuda:0', dtype) and ours.choose_device('cuda', None, 1) == ('cuda:1', dtype)
+        assert ours.choose_device('cuda:1', 'float32') == ('cuda:1', 'float32') and ours.choose_device('cpu', None) == ('cpu', 'float32')
+    for device in ('cuda:2', 'mps', 'tpu', 'cuda:x'):
+        with pytest.raises(ValueError, match=f"device '{device}'"):
+            ours.choose_device(device, None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert ours.choose_device(None, None) == ('mps', 'float32')
+
+
 def test_flops_and_mfu(monkeypatch):
     """nanoGPT's count for 124M at T = 1024, and a peak only for chips whose data sheet is known."""
     with torch.device('meta'):
@@ -275,6 +297,9 @@ def test_tokenizers(tmp_path, bpe):
     assert char.decode(char.encode(text)) == text and char.size == len(set(text)) and char.decode([char.start]) == '\n'
     with pytest.raises(ValueError, match="never seen the character 'x'"):
         char.encode('ax')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 11}))
+    with pytest.raises(ValueError, match='lacks stoi or itos'):
+        Tokenizer(read_tokenizer(tmp_path))
     (tmp_path / 'meta.pkl').unlink()
     gpt2 = Tokenizer(read_tokenizer(tmp_path))
     assert gpt2.encode(text) == bpe.encode(text) and gpt2.decode(gpt2.encode(text)) == text
@@ -283,5 +308,7 @@ def test_tokenizers(tmp_path, bpe):
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator([text * 20], vocab_size=300, special_tokens=['<|endoftext|>'])
     trained.save(str(tmp_path / 'tokenizer.json'))
+    with pytest.raises(ValueError, match='tokenizer.json is not one'):
+        Tokenizer({'kind': 'bpe', 'json': '{}'})
     own = Tokenizer(read_tokenizer(tmp_path))
     assert own.decode(own.encode(text + '🦊𠀀')) == text + '🦊𠀀' and own.encode('<|endoftext|>') == [own.end] == [own.start]

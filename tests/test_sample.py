@@ -57,6 +57,7 @@ def test_stop(run, trained):
     assert want != plain
     for how in ('False', 'True'):
         assert sample(run, trained, '--num_samples=4', '--max_new_tokens=60', '--stop=the', f'--stream={how}') == want
+    assert sample(run, trained, '--num_samples=4', '--max_new_tokens=60', '--stop=<|endoftext|>', '--stream=True') == plain
 
 
 def test_prompts(run, trained, tmp_path):
@@ -87,7 +88,7 @@ def test_nanogpt_checkpoint(run, trained, house, tmp_path):
     assert sample(run, tmp_path, '--num_samples=1', '--max_new_tokens=40') == want
     checkpoint['config']['dataset'] = 'elsewhere'
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
-    assert 'put the meta.pkl of its data set into' in run('sample.py', status=1, cwd=tmp_path)
+    assert 'Put the meta.pkl or tokenizer.json of its data set into' in run('sample.py', status=1, cwd=tmp_path)
 
 
 def test_whole_characters(run, tmp_path):

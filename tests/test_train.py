@@ -48,7 +48,7 @@ def test_a_run(run, tmp_path):
     assert all(theirs.state[p]['exp_avg'].shape == p.shape for group in theirs.param_groups for p in group['params'])
     tokenizer = Tokenizer(saved['tokenizer'])
     assert tokenizer.decode(tokenizer.encode('the lazy dog')) == 'the lazy dog'
-    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['ckpt.pt']
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'ckpt.pt', 'metrics.jsonl'}
 
 
 def test_the_arithmetic(run, house, tmp_path):
@@ -155,8 +155,8 @@ def test_mixed_precision_on_cpu(run, tmp_path, dtype):
 
 def test_two_ranks(run, tmp_path):
     """Under torchrun with gloo the curve is that of one process, and one rank speaks and saves."""
-    one = losses(run('train.py', *SMALL, '--out_dir=one').stdout)
-    both = run('train.py', *SMALL, ranks=2).stdout
+    one = losses(run('train.py', *SMALL, '--dropout=0.2', '--out_dir=one').stdout)
+    both = run('train.py', *SMALL, '--dropout=0.2', ranks=2).stdout
     assert 'tokens per iteration will be: 128\n' in both and both.count('step 5:') == 1
     for a, b in zip(one, losses(both)):
         assert a.keys() == b.keys()
@@ -186,12 +186,24 @@ def test_finetune_transformers_folder(run, house, tmp_path):
     assert text.count('the') >= 2 and text.count('---------------') == 2
 
 
+def test_compile(run):
+    """The compiled run has the eager one's curve, and compiles before the first iteration."""
+    eager, _ = losses(run('train.py', *SMALL).stdout)
+    out = run('train.py', *SMALL, '--compile=True', '--out_dir=compiled').stdout
+    assert re.search(r'^compiled in \d+ s$', out, re.M)
+    for i, pair in losses(out)[0].items():
+        assert pair == pytest.approx(eager[i], abs=2e-4)
+
+
 def test_compile_falls_back(run):
     """No C++ compiler: one line, and the run goes on in eager mode with the same figures."""
     eager = losses(run('train.py', *SMALL).stdout)
     out = run('train.py', *SMALL, '--compile=True', '--out_dir=compiled', env={'CXX': '/nonexistent/c++', 'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1'}).stdout
     assert len(re.findall('^torch.compile does not work here, running eager', out, re.M)) == 1
     assert losses(out) == eager
+    text = run('sample.py', '--num_samples=1', '--max_new_tokens=9').stdout
+    done = run('sample.py', '--num_samples=1', '--max_new_tokens=9', '--compile=True', env={'CXX': '/nonexistent/c++', 'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1'})
+    assert done.stdout == text and done.stderr.count('torch.compile does not work here, running eager') == 1
 
 
 def test_schedule(run):
@@ -203,6 +215,45 @@ def test_schedule(run):
     assert [lr(i) for i in (0, 4, 9, 59, 109, 1000)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1, 0.1])
     scope['warmup_iters'] = 109
     assert lr(109) == 0.1
+
+
+def test_resume_with_another_alphabet(run, house):
+    """Other data under the old weights would be read as other text: refused, and the checkpoint keeps its tokenizer."""
+    import shutil
+    run('train.py', *SMALL)
+    shutil.copytree(house / 'data' / 'tiny', house / 'data' / 'moved', dirs_exist_ok=True)
+    run('train.py', *SMALL, '--dataset=moved', '--init_from=resume', '--max_iters=6')
+    (house / 'data' / 'moved' / 'meta.pkl').unlink()
+    assert 'was prepared with another tokenizer' in run('train.py', *SMALL, '--dataset=moved', '--init_from=resume', status=1)
+    run('sample.py', '--num_samples=1', '--max_new_tokens=2')
+
+
+def test_old_optimizer_layout(run, tmp_path):
+    """nanoGPT of 2022 sorted its parameters by name: its moments belong to others, so no step is taken with them."""
+    run('train.py', *SMALL)
+    saved = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    decay, rest = saved['optimizer']['param_groups']
+    rest['params'].insert(0, decay['params'].pop())
+    torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
+    assert 'laid out for another list of parameters' in run('train.py', *SMALL, '--init_from=resume', status=1)
+
+
+def test_a_stray_world_size(run):
+    """WORLD_SIZE that a cluster left behind, without torchrun, divides nothing."""
+    plain = losses(run('train.py', *SMALL).stdout)
+    assert losses(run('train.py', *SMALL, env={'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}).stdout) == plain
+
+
+def test_ids_without_text(run, house):
+    """A meta.pkl with nothing but vocab_size is enough to train on, as in nanoGPT."""
+    import pickle
+    folder = house / 'data' / 'music'
+    folder.mkdir(exist_ok=True)
+    for name in ('train', 'val'):
+        (np.arange(200) % 90).astype('<u2').tofile(folder / f'{name}.bin')
+    (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 90}))
+    run('train.py', *SMALL, '--dataset=music')
+    assert 'lacks stoi or itos' in run('sample.py', status=1)
 
 
 def test_big_ids(run, house, tmp_path):

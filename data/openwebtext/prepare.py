@@ -20,15 +20,22 @@ exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 
 import numpy as np  # noqa: E402
 from datasets import load_dataset  # noqa: E402
+from datasets.exceptions import DatasetGenerationError  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 bpe = gpt2_bpe()
 if files:
     paths = sorted(glob.glob(files, recursive=True))
-    kind = {'.parquet': 'parquet', '.jsonl': 'json', '.txt': 'text'}.get(Path(paths[0]).suffix if paths else None)
+    suffixes = {Path(path).suffix for path in paths}
+    kind = {'.parquet': 'parquet', '.jsonl': 'json', '.txt': 'text'}.get(suffixes.pop() if len(suffixes) == 1 else None)
     if kind is None:
-        sys.exit(f"--files={files}: " + (f"{paths[0]} is neither .parquet nor .jsonl nor .txt" if paths else "no such files"))
-    documents = load_dataset(kind, data_files=paths, split='train', **({'sample_by': 'document'} if kind == 'text' else {}))
+        sys.exit(f"--files={files}: " + ("the files must all be .parquet, all .jsonl or all .txt" if paths else "no such files"))
+    try:
+        documents = load_dataset(kind, data_files=paths, split='train', **({'sample_by': 'document'} if kind == 'text' else {}))
+    except (OSError, DatasetGenerationError) as error:
+        sys.exit(f"--files={files}: cannot be read as {kind}: {error.__cause__ or error}")
+    if len(documents) < 2 or 'text' not in documents.column_names or None in documents.unique('text'):
+        sys.exit(f"--files={files}: {len(documents)} documents with the fields {', '.join(documents.column_names)}, but it takes two or more, each with a text in the field \"text\"")
 else:
     try:
         # main holds a loading script, which datasets 4 and later refuse; the hub's own parquet copy does not
