@@ -10,7 +10,7 @@ def _configure(script):
     the keys above it and may compute with them. Afterwards the global `config` is a dict of all keys.
     Mistakes end in one line and exit status 1.
     """
-    import ast, builtins, difflib, math, os, re, sys  # here, so that the script's globals stay its own
+    import ast, builtins, difflib, math, os, re, sys, time  # here, so that the script's globals stay its own
     from pathlib import Path
 
     defaults = {key: value for key, value in script.items()
@@ -18,7 +18,10 @@ def _configure(script):
     config = dict(defaults)
 
     def fail(message):
-        sys.exit(message if os.environ.get('LOCAL_RANK', '0') == '0' else 1)  # torchrun: one a machine speaks
+        if os.environ.get('LOCAL_RANK', '0') != '0':  # under torchrun one a machine speaks, and ends first
+            time.sleep(10)
+            sys.exit(1)
+        sys.exit(message)
 
     def kinds(key):  # the types that a key takes, by name: ['int'], or ['int', 'None']
         guess = 'Any | None' if defaults[key] is None else type(defaults[key]).__name__

@@ -88,9 +88,22 @@ master = rank == 0                  # the one that prints and saves
 asked_to_leave = False              # by SIGTERM or Ctrl-C; obeyed where the state is whole
 
 
+def leave(status, words=''):
+    """Ends this process, with a line on stderr."""
+    if words:
+        print(words, file=sys.__stderr__, flush=True)  # init_process_group lends its hook another sys.stderr
+    if not distributed:
+        sys.exit(status)
+    sys.stdout.flush()
+    os._exit(status)  # the threads of gloo abort one teardown of the interpreter in twelve
+
+
 def fail(message):
     """Ends the run for a mistake of its user; all ranks meet the same one, and one a machine says it."""
-    sys.exit(str(message) if local_rank == 0 else 1)
+    if local_rank:  # torchrun ends them all when one has ended: let that be the one that speaks
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    leave(1, message if local_rank == 0 else '')
 
 
 def all_reduce(values, operation=dist.ReduceOp.SUM):
@@ -119,13 +132,11 @@ def ask_to_leave(number, frame):
 def last_words(kind, error, trace):
     """What nobody can mend here ends in one line too: a lost peer, too little memory. The rest is a bug, with its traceback."""
     if distributed and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-        words = f"lost the other ranks ({str(error).splitlines()[0]}): nothing saved, go on with --init_from=resume"
+        leave(1, f"rank {rank}: lost the other ranks ({str(error).splitlines()[0]}): nothing saved, go on with --init_from=resume")
     elif isinstance(error, torch.OutOfMemoryError):
-        words = f"out of memory on {device}: halve --batch_size and double --gradient_accumulation_steps, or shorten --block_size"
+        leave(1, f"rank {rank}: out of memory on {device}: halve --batch_size and double --gradient_accumulation_steps, or shorten --block_size")
     else:
-        return sys.__excepthook__(kind, error, trace)
-    print(f"rank {rank}: {words}", file=sys.__stderr__, flush=True)  # init_process_group puts a buffer in place of sys.stderr
-    os._exit(1)                                                      # no waiting for peers that are gone
+        sys.__excepthook__(kind, error, trace)
 
 
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -207,7 +218,7 @@ def get_batch(stream, iteration, micro_step):
     starts = randomness(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
     tokens = data[starts[:, None] + window]                       # (B, T + 1) uint16
     if tokens.max() >= model_args['vocab_size']:
-        sys.exit(foreign_id('val.bin' if stream == 'eval-val' else 'train.bin', tokens))
+        leave(1, foreign_id('val.bin' if stream == 'eval-val' else 'train.bin', tokens))
     tokens = torch.from_numpy(tokens.view(np.int16))              # two bytes a token on the way, widened there
     if device_type == 'cuda':
         tokens = tokens.pin_memory()
@@ -322,7 +333,7 @@ if distributed:
     if first != last:
         fail(f"some ranks found a checkpoint of iteration {last} and others of {first}: {out_dir} must be one folder, shared by all machines")
     ddp_model = DistributedDataParallel(model)
-    voters = dist.new_group(backend='gloo')  # for the flags of vote(), away from the gradients
+    voters = dist.new_group(backend='gloo', timeout=timedelta(seconds=dist_timeout))  # for the flags of vote(), away from the gradients
 
 # -----------------------------------------------------------------------------
 # evaluating, scheduling, recording, saving
@@ -522,7 +533,11 @@ while True:
     loss_sum.zero_()
     iter_num += 1
 
+if wandb_log and master:
+    run.finish()
 if distributed:
     if ballot:
         ballot[0].wait()
+    dist.barrier(group=voters)  # until the last checkpoint is written
     dist.destroy_process_group()
+    leave(0)

@@ -75,6 +75,7 @@ def test_mistakes_in_files(monkeypatch, tmp_path, text, words):
 
 def test_one_process_speaks(monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
     with pytest.raises(SystemExit) as stop:
         configure(monkeypatch, '--batchsize=3')
     assert stop.value.code == 1
