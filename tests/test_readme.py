@@ -66,6 +66,7 @@ def test_commands_run(run, house, with_text, bpe):
 
 
 def test_links():
-    """Files that README.md links to are there."""
+    """Files that README.md links to are there, and every figure has been filled in."""
+    assert not re.search(r'@[A-Z_]+@', (ROOT / 'README.md').read_text(encoding='utf-8'))
     links = re.findall(r'\]\((?!https?:)([^)#]+)\)', (ROOT / 'README.md').read_text(encoding='utf-8'))
     assert links and all((ROOT / link).exists() for link in links)
