@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def leave(status, words=''):
 
 
 def fail(message):
-    """Ends the run for a mistake of its user; all ranks meet the same one, and one a machine says it."""
+    """Ends the run in one line, which one rank a machine says, whether all ranks have met the mistake or that one alone."""
     if local_rank:  # torchrun ends them all when one has ended: let that be the one that speaks
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
@@ -132,16 +132,15 @@ def ask_to_leave(number, frame):
 def last_words(kind, error, trace):
     """What nobody can mend here ends in one line too: a lost peer, too little memory. The rest is a bug, with its traceback."""
     if distributed and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-        leave(1, f"rank {rank}: lost the other ranks ({str(error).splitlines()[0]}): nothing saved, go on with --init_from=resume")
+        fail(f"rank {rank}: lost the other ranks, or cannot reach them ({' '.join(str(error).split())[:200]}): nothing saved, go on with --init_from=resume")
     elif isinstance(error, torch.OutOfMemoryError):
         leave(1, f"rank {rank}: out of memory on {device}: halve --batch_size and double --gradient_accumulation_steps, or shorten --block_size")
-    else:
+    elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 
 
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, ask_to_leave)
 sys.excepthook = last_words
+sys.stdout.reconfigure(line_buffering=True)  # a log file too grows line by line
 
 for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[key] < 1:
@@ -230,7 +229,7 @@ def get_batch(stream, iteration, micro_step):
 # The model: anew, from a checkpoint, or GPT-2
 
 ckpt_path, last_path, metrics_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl'))
-iter_num, best_val_loss, wandb_id, checkpoint = 0, math.inf, None, None
+iter_num, best_val_loss, wandb_id, checkpoint, source = 0, math.inf, None, None, None
 if master and not eval_only:
     with writing(out_dir):
         os.makedirs(out_dir, exist_ok=True)
@@ -241,6 +240,8 @@ if master and not eval_only:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"another run is writing to {out_dir}: give this one another --out_dir")
+            except OSError as error:  # some network file systems
+                print(f"{out_dir} cannot be locked ({error.strerror}): nothing keeps another run from writing there")
         for path in (ckpt_path, last_path, metrics_path):
             Path(f'{path}.part').unlink(missing_ok=True)  # of a run that was killed while it wrote
 found = [path for path in (ckpt_path, last_path) if os.path.exists(path)]
@@ -311,7 +312,7 @@ if master:
 
     if found and not checkpoint and not eval_only:
         print(f"{' and '.join(found)} of an earlier run will be overwritten")
-resumed, checkpoint = checkpoint is not None, None  # frees its memory
+checkpoint = None  # frees its memory
 
 # -----------------------------------------------------------------------------
 # compile, then spread over the processes
@@ -369,9 +370,29 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def open_metrics():
+    """metrics.jsonl, to go on behind the lines that stand before the checkpoint: a resumed run repeats the others."""
+    kept = []
+    if source and os.path.exists(metrics_path):
+        with open(metrics_path, encoding='utf-8') as f:
+            for line in f:
+                try:
+                    kept += [line] if json.loads(line)['iter'] < iter_num else []
+                except (ValueError, KeyError, TypeError):
+                    print(f"{metrics_path}: dropped a line that is torn: {line.strip()[:60]!r}")
+    with open(f'{metrics_path}.part', 'w', encoding='utf-8') as f:
+        f.writelines(kept)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{metrics_path}.part', metrics_path)
+    return open(metrics_path, 'a', encoding='utf-8', buffering=1)
+
+
 def record(**line):
     """A line of metrics.jsonl, and the same to wandb."""
+    global metrics
     with writing(metrics_path):
+        metrics = metrics or open_metrics()
         metrics.write(json.dumps(line) + '\n')
     if wandb_log:
         wandb.log(line)
@@ -398,6 +419,10 @@ def save_checkpoint(path):
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
+            if metrics:
+                os.fsync(metrics.fileno())
+            if saved_at is None and not source:
+                Path(last_path).unlink(missing_ok=True)  # of another run, and perhaps further on than this one
             os.replace(f'{path}.part', path)
         except RuntimeError as error:  # torch.save's own, behind which the file system's stands
             raise (error.__context__ if isinstance(error.__context__, OSError) else error)
@@ -406,7 +431,8 @@ def save_checkpoint(path):
         if path == ckpt_path:
             Path(last_path).unlink(missing_ok=True)  # older now
         if os.name == 'posix':
-            os.fsync(folder)  # the new name too survives a power cut
+            with suppress(OSError):  # the new name too survives a power cut, where the file system can promise it
+                os.fsync(folder)
 
 
 def vote():
@@ -426,16 +452,6 @@ def vote():
 # -----------------------------------------------------------------------------
 # The loop
 
-if master and not eval_only:
-    with writing(metrics_path):  # a resumed run repeats what came after its checkpoint, so those lines go
-        kept = []
-        if resumed and os.path.exists(metrics_path):
-            with open(metrics_path, encoding='utf-8') as f:
-                kept = [line for line in f if line.endswith('}\n') and json.loads(line)['iter'] < iter_num]
-        with open(f'{metrics_path}.part', 'w', encoding='utf-8') as f:
-            f.writelines(kept)
-        os.replace(f'{metrics_path}.part', metrics_path)
-        metrics = open(metrics_path, 'a', encoding='utf-8', buffering=1)
 if wandb_log and master:
     try:
         import wandb
@@ -453,14 +469,19 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 loss_sum = torch.zeros((), device=device)             # of this rank's micro-batches of one iteration
 first_bad = torch.full((), math.inf, device=device)   # the first iteration with a loss or gradient that is not finite
 clock, iterations = time.perf_counter(), 0            # since the last log line; evaluations and checkpoints stop the clock
-saved_at, ballot = None, None
+start_iter, ballot, metrics = iter_num, None, None
+saved_at = iter_num if source == ckpt_path else None  # the iteration of the newest checkpoint of this run
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, ask_to_leave)
 model.train()
 while True:
     if vote():
-        if not eval_only and saved_at != iter_num:
+        moved = not eval_only and iter_num > start_iter
+        if moved and saved_at != iter_num:
             save_checkpoint(ckpt_path if always_save_checkpoint else last_path)
         if master:
-            print(f"asked to leave before iteration {iter_num}: " + ("nothing to save" if eval_only else f"all is in {out_dir}, go on with --init_from=resume"), flush=True)
+            print(f"asked to leave before iteration {iter_num}: " + (f"all is in {out_dir}, go on with --init_from=resume" if moved
+                                                                      else "nothing has changed, nothing is saved"))
         break
 
     at_evaluation = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
@@ -476,7 +497,7 @@ while True:
             train_loss, val_loss = losses
             improved = val_loss < best_val_loss
             if master:
-                print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}", flush=True)
+                print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             if not eval_only and not math.isfinite(train_loss + val_loss):
                 stop_if_not_finite()
                 fail(f"iteration {iter_num}: the evaluated loss is not finite. Resume from the last checkpoint with a lower --learning_rate")
@@ -524,10 +545,11 @@ while True:
         seconds = (time.perf_counter() - clock) / iterations
         tokens_per_second = tokens_per_iter / seconds
         mfu = model.estimate_mfu(tokens_per_second / world_size, peak)
+        norm = grad_norm.item()
         if master:
             print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
-                  f"{tokens_per_second:,.0f} tok/s", flush=True)
-            record(iter=iter_num, loss=train_loss, lr=lr, grad_norm=grad_norm.item(), ms=seconds * 1000, tokens_per_second=tokens_per_second,
+                  f"{tokens_per_second:,.0f} tok/s")
+            record(iter=iter_num, loss=train_loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, ms=seconds * 1000, tokens_per_second=tokens_per_second,
                    mfu=mfu, tokens=(iter_num + 1) * tokens_per_iter)
         clock, iterations = time.perf_counter(), 0
     loss_sum.zero_()

@@ -21,8 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'data')]
 os.environ['HF_HUB_OFFLINE'] = '1'  # a test that reaches for the hub fails at once instead of retrying for half a minute
 os.environ['OMP_NUM_THREADS'] = '1'  # the networks are tiny, and threads of several processes fight for cores
 
-FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['torch', 'numpy'])
+FORKS = multiprocessing.get_context('forkserver' if os.name == 'posix' else 'spawn')
+if os.name == 'posix':
+    FORKS.set_forkserver_preload(['torch', 'numpy'])
 
 TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in enumerate(
     (a, b, c) for a in ('quick', 'lazy', 'small', 'green') for b in ('fox jumps', 'dog walks', 'bird flies', 'cat runs')
