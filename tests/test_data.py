@@ -1,7 +1,6 @@
 """The prepare.py scripts: their figures, and what they leave behind when something goes wrong."""
 import json
 import pickle
-import shutil
 import socket
 import threading
 from contextlib import contextmanager
