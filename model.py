@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,26 +48,6 @@ class GPTConfig:
 # -----------------------------------------------------------------------------
 # the network
 
-class KVCache:
-    """
-    Keys and values of the positions already seen. The caller makes it, hands it to forward and drops it;
-    no module keeps one, so training, state_dict and torch.compile never meet it.
-    Allocated once at its final `length`; `pos` positions of it are filled. For use under torch.no_grad().
-    """
-
-    def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = (config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, 2, B, H, length, D)
-        self.pos = 0
-
-    def extend(self, layer, k, v):
-        """Writes k and v (B, H, T, D) behind what layer `layer` holds; returns all its keys and values (B, H, pos + T, D)."""
-        end = self.pos + k.size(2)
-        self.kv[layer, 0, :, :, self.pos:end] = k
-        self.kv[layer, 1, :, :, self.pos:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
-
-
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -76,15 +57,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, layer=None):
+    def forward(self, x, cache=None, pos=None, mask=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        past = 0 if cache is None else cache.pos
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)                                            # (B, H, past + T, D)
-        # nothing cached: plain causal; one query: it may see everything; several behind a cache: the triangle, shifted
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past,
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, T, D)
+        q, k, v = qkv                                                                   # each (B, H, T, D)
+        if cache is not None and pos is None:                                           # prefill: x is all there is so far
+            cache[..., :T, :] = qkv[1:]
+        elif cache is not None:                                                         # decode: x sees the cache and itself
+            k, v = cache.index_copy_(3, pos, qkv[1:])                                   # (B, H, length, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=pos is None,
                                            dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)                                          # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -112,8 +93,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=None):
-        x = x + self.attn(self.ln_1(x), cache, layer)  # norms before the branches: GPT-2's change to GPT
+    def forward(self, x, cache=None, pos=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, pos, mask)  # norms before the branches: GPT-2's change to GPT
         return x + self.mlp(self.ln_2(x))
 
 
@@ -202,28 +183,27 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, cache=None, pos=None, mask=None):
         """
-        The network up to its last norm: idx (B, T) token ids -> (B, T, C). With a cache, idx goes on
-        where the cache ends and the cache takes it in. model.lm_head(hidden) are the logits of every position.
+        The network up to its last norm: idx (B, T) token ids -> (B, T, C). model.lm_head(hidden) are the logits of every position.
+        A cache keeps their keys and values. pos (T,): idx stands at these positions, behind what the cache holds, and sees of
+        the cache what mask (T, length) lets through, None for all of it.
         """
-        past, T = (0 if cache is None else cache.pos), idx.size(1)
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens do not fit into block_size {self.config.block_size}")
-        pos = torch.arange(past, past + T, device=idx.device)                        # (T,)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
+        at = torch.arange(T, device=idx.device) if pos is None else pos              # (T,)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(at))  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)                                               # (B, T, C)
-        if cache is not None:
-            cache.pos += T
+            x = block(x, None if cache is None else cache[layer], pos, mask)         # (B, T, C)
         return self.transformer.ln_f(x)                                              # (B, T, C)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None):
         """
         idx (B, T) -> (logits of the last position (B, 1, V), None), or with targets (B, T),
         -1 where nothing is to be predicted, -> (None, mean loss in nats per token).
         """
-        x = self.hidden(idx, cache)
+        x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -259,34 +239,76 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # sampling
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, draws=None, vocab_size=None):
+    def for_sampling(self, device, dtype, pack=True):
         """
-        Yields max_new_tokens times the next token of every row, (B, 1), to follow idx (B, T), T >= 1.
+        Takes the model to `device` for sampling, no longer for training. The weights of products are cast to `dtype` once instead
+        of at every step. `pack` lays them out as oneDNN wants them, on a CPU in float32: a step of 124M with 10 rows
+        spent 74 ms in its products before and 24 after; and a row's bits no longer depend on the number of rows, from 2 on.
+        """
+        self.eval().to(device)
+        pack = pack and torch.device(device).type == 'cpu' and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        for module in self.modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if pack:
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # rows to expect, at most
+                module.forward = partial(packed_linear, weight, module.bias)
+                module.weight = None                                                 # not kept twice
+            elif dtype != torch.float32:
+                module.weight = nn.Parameter(module.weight.to(dtype))                # lm_head no longer shares it with wte
+                module.bias = None if module.bias is None else nn.Parameter(module.bias.to(dtype))
+        return self
+
+    def new_cache(self, batch, length):
+        """Room for the keys and values of `length` tokens in `batch` rows: for each layer (2, batch, H, length, D). The caller owns it."""
+        c, weight = self.config, self.transformer.wte.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return [torch.zeros(2, batch, c.n_head, length, c.n_embd // c.n_head, device=weight.device, dtype=dtype) for _ in range(c.n_layer)]
+
+    def prefill(self, idx, cache):
+        """Reads idx (B, T) into an empty cache, or one row into all rows of it; logits of what follows (B, V)."""
+        return self.lm_head(self.hidden(idx, cache)[:, -1])
+
+    def decode(self, token, pos, cache, mask=None):
+        """One step: token (B, 1) at position pos (1,), behind what the cache holds -> logits of the next (B, V)."""
+        return self.lm_head(self.hidden(token, cache, pos, mask)[:, -1])
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, draws=None, vocab_size=None, cache=None, static=False):
+        """
+        Yields max_new_tokens times the next token of every row, (B, 1), to follow idx (B, T) or (1, T), T >= 1.
 
         temperature 0 takes the likeliest token; top_k keeps that many tokens (None or 0: all), top_p the
         fewest whose probability reaches it (Holtzman et al. 2020). draws (B, max_new_tokens), uniform in [0, 1), is all
         the randomness there is. vocab_size leaves out the ids above it, which only pad the vocabulary.
+        A cache from new_cache(B, min(block_size, T + max_new_tokens)) can be brought along. static: every step attends to all of
+        it through a mask, so that no shape ever changes.
         Up to block_size tokens each step costs one position. Positions are absolute, so a full window voids the
         cache: its later half is read anew and the window grows from there.
         """
-        B, T = idx.shape
-        block_size = self.config.block_size
-        device_type = idx.device.type
         if draws is None:
-            draws = torch.rand(B, max_new_tokens, device=idx.device)
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.lm_head.weight.dtype
-        cache = KVCache(self.config, B, min(block_size, T + max_new_tokens), idx.device, dtype)
-        tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)           # (B, T + max_new_tokens)
-        todo = idx[:, -block_size:]                                                  # what the cache has not seen
+            draws = torch.rand(idx.size(0), max_new_tokens, device=idx.device)
+        (B, T), block_size = (draws.size(0), idx.size(1)), self.config.block_size
+        if cache is None:
+            cache = self.new_cache(B, min(block_size, T + max_new_tokens))
+        positions = torch.arange(cache[0].size(-2), device=idx.device)                  # (length,)
+        tokens = torch.cat((idx.expand(B, T), idx.new_zeros(B, max_new_tokens)), dim=1)  # (B, T + max_new_tokens)
+        unread, pos = idx[:, -block_size:], 0                                        # pos: how far the cache is filled
         for t in range(T, T + max_new_tokens):
-            logits, _ = self(todo, cache=cache)                                      # (B, 1, V)
-            todo = draw(logits[:, 0, :vocab_size].float(), draws[:, t - T:t - T + 1], temperature, top_k, top_p)
-            yield todo
-            tokens[:, t:t + 1] = todo
-            if cache.pos == block_size:
-                cache.pos = 0
-                todo = tokens[:, t + 1 - max(1, block_size // 2):t + 1]
+            if pos in (0, block_size):
+                logits, pos = self.prefill(unread, cache), unread.size(1)            # (B, V) or, from one prompt, (1, V)
+            else:
+                here, last = positions[pos:pos + 1], tokens[:, t - 1:t]
+                if static:
+                    logits = self.decode(last, here, cache, (positions <= here)[None])   # (B, V)
+                else:
+                    logits = self.decode(last, here, [kv[..., :pos + 1, :] for kv in cache])
+                pos += 1
+            logits = logits[:, :vocab_size].float().expand(B, -1)
+            tokens[:, t:t + 1] = draw(logits, draws[:, t - T:t - T + 1], temperature, top_k, top_p)
+            yield tokens[:, t:t + 1]
+            unread = tokens[:, t + 1 - max(1, block_size // 2):t + 1]                # read anew when the window is full
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **more):
         """idx (B, T) with max_new_tokens more, (B, T + max_new_tokens); the arguments are stream's."""
@@ -296,19 +318,26 @@ class GPT(nn.Module):
     # weights in
 
     @classmethod
+    def from_weights(cls, config, weights):
+        """The model around existing tensors, taken over rather than copied, as float32. Raises RuntimeError where they do not fit."""
+        with NoInit():
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        model.transformer.wte.weight = model.lm_head.weight
+        return model.float()
+
+    @classmethod
     def from_checkpoint(cls, checkpoint, dropout=None):
         """The model of a checkpoint that read_checkpoint returned, nanoGPT's or ours, on the CPU."""
         args = dict(checkpoint['model_args'])
         if dropout is not None:
             args['dropout'] = dropout
         try:
-            model = cls(GPTConfig(**args))
             # torch.compile prefixes the names; models before PyTorch 2 kept their masks as buffers
-            model.load_state_dict({name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
-                                   if not name.endswith(('.attn.bias', '.attn.masked_bias'))})
+            return cls.from_weights(GPTConfig(**args), {name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
+                                                        if not name.endswith(('.attn.bias', '.attn.masked_bias'))})
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the checkpoint does not fit this model.py: {one_line(error)}") from error
-        return model
 
     @classmethod
     def from_pretrained(cls, source, dropout=0.0):
@@ -336,10 +365,24 @@ class GPT(nn.Module):
         if (activation is None or hf.n_inner not in (None, 4 * hf.n_embd) or hf.layer_norm_epsilon != 1e-5 or not hf.scale_attn_weights
                 or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention or not hf.tie_word_embeddings):
             raise ValueError(f"{source}/config.json describes a variant of GPT-2 that model.py does not build")
-        model = cls(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd, dropout, True, activation))
-        model.load_state_dict({name: p.T if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else p
-                               for name, p in theirs.state_dict().items()})  # OpenAI's Conv1D keeps the transpose of a Linear
-        return model
+        config = GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd, dropout, True, activation)
+        return cls.from_weights(config, {name: p.T.contiguous() if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else p
+                                         for name, p in theirs.state_dict().items()})  # OpenAI's Conv1D keeps the transpose of a Linear
+
+
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Leaves out torch.nn.init's random numbers, a second for 124M weights, where others are about to take their place."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', None) == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **kwargs or {})
+
+
+def packed_linear(weight, bias, x):
+    """nn.Linear's product with a weight that oneDNN has laid out for itself; torch.compile's CPU backend uses the same two operators."""
+    y = torch.ops.mkldnn._linear_pointwise.default(x.view(-1, x.size(-1)), weight, bias, 'none', [], '')
+    return y.view(*x.shape[:-1], -1)
 
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -353,9 +396,10 @@ def draw(logits, u, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature   # subtracted first, a tiny temperature overflows to -inf only
+    top_k = min(top_k or logits.size(-1), logits.size(-1))
     ids, ranked = None, top_p is not None and top_p < 1
-    if ranked or top_k:
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))    # (B, K), descending
+    if ranked or top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)                                             # (B, K), descending
     cdf = logits.softmax(-1).cumsum(-1)                                              # (B, K)
     mass = cdf[:, -1:]                                                               # (B, 1)
     if ranked:  # the tokens up to the first at which the distribution reaches top_p
@@ -506,14 +550,14 @@ def choose_device(device, dtype, local_rank=0):
     return device, dtype
 
 
-def compile_forward(model, call, **how):
+def compile_method(model, name, call, **how):
     """
-    Compiles model.forward in place and tries it by call(). Returns None, or where the compiler is missing or fails
-    the line that says so, with the model eager again.
+    Compiles a method of the model in place and tries it by call(). Returns None, or where the compiler is missing or fails
+    the line that says so, with the method eager again.
     """
     try:
-        model.forward = torch.compile(model.forward, **how)
+        setattr(model, name, torch.compile(getattr(model, name), **how))
         call()
     except Exception as error:  # compilers and their absence have errors of many kinds, and eager is always a way on
-        model.__dict__.pop('forward', None)
+        model.__dict__.pop(name, None)
         return f"torch.compile does not work here, running eager ({one_line(error)})"

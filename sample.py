@@ -10,6 +10,8 @@ The text goes to stdout, everything else to stderr.
 """
 from __future__ import annotations  # the configurator reads `int | None` as text
 
+import math
+import os
 import signal
 import sys
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT, GPT2_SIZES, Tokenizer, choose_device, compile_forward, read_checkpoint, read_tokenizer
+from model import GPT, GPT2_SIZES, Tokenizer, choose_device, compile_method, read_checkpoint, read_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 init_from = 'resume'         # resume (out_dir/ckpt.pt), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder that transformers saved
 out_dir = 'out'              # where train.py put its checkpoint
 start = "\n"                 # the prompt; FILE:path reads a file, - reads standard input, nothing starts at <|endoftext|>
-num_samples = 10             # texts to draw, all in one batch
+num_samples = 10             # texts to draw, as one batch where memory allows
 max_new_tokens = 500         # length of each, in tokens
 temperature = 0.8            # 1 as trained, below 1 safer, above 1 wilder, 0 always the likeliest token
 top_k: int | None = 200      # draw among that many likeliest tokens; 0 or None for all
@@ -36,7 +38,7 @@ stream = False               # print as the text comes, one sample after the oth
 seed = 1337                  # sample i depends on (seed, i) alone
 device: str | None = None    # cpu, cuda, cuda:1, mps; None: what is there
 dtype: str | None = None     # float32, bfloat16, float16; None: what the device is good at
-compile = False              # torch.compile: slow to start
+compile = False              # torch.compile: half a minute at the start, for many tokens on a GPU
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 
@@ -75,46 +77,89 @@ try:
 except (ValueError, OSError) as error:
     sys.exit(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
 
-model.eval().to(device)
-autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32')
-if compile:
-    trial = torch.tensor([prompt], device=device)
-    with autocast:
-        failed = compile_forward(model, lambda: model.generate(trial, 2), dynamic=True)
-    if failed:
-        print(failed, file=sys.stderr)
+kind = torch.device(device).type
+model.for_sampling(device, getattr(torch, dtype), pack=not compile)
+autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32')
+
+# One batch if the caches of all samples fit into half the memory, else several of one size. Never a row alone: one
+# takes other kernels than many, with other last bits, and these can tip a draw.
+c = model.config
+length = min(c.block_size, len(prompt) + max_new_tokens)
+if kind == 'cuda':
+    memory = torch.cuda.mem_get_info(device)[0]
+else:
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else 2 ** 33
+fit = max(1, memory // 2 // (2 * c.n_layer * c.n_embd * length * (4 if dtype == 'float32' else 2)))
+rows = max(2, math.ceil(num_samples / math.ceil(num_samples / fit)))
+with autocast:
+    cache = model.new_cache(rows, length)
+prompt_ids = torch.tensor([prompt], device=device)                                   # (1, T)
 
 
-def cut(ids):
-    """The text of one sample's new tokens, up to `stop`; and whether that came."""
-    text, found, _ = tokenizer.decode(ids).partition(stop) if stop else (tokenizer.decode(ids), '', '')
-    return text, bool(found)
+def tokens_of(first):
+    """The new tokens of samples first, first + 1 … as the model's stream of columns (rows, 1)."""
+    draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32) for i in range(first, first + rows)])
+    return model.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, torch.from_numpy(draws).to(device),
+                        tokenizer.size, cache, static=compile or kind == 'cuda')
 
 
-started, drawn = time.perf_counter(), 0
-for batch in ([i] for i in range(num_samples)) if stream else [range(num_samples)]:
-    draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32) for i in batch])
-    ids = torch.tensor([prompt] * len(batch), device=device)                         # (B, T)
-    new, shown = [], 0
-    if stream:
-        print(start, end='', flush=True)
-    with autocast:
-        for column in model.stream(ids, max_new_tokens, temperature, top_k, top_p,
-                                   torch.from_numpy(draws).to(device), tokenizer.size):
-            new.append(column)
-            drawn += len(batch)
-            if not stream and not stop:
-                continue                                                             # nothing to look at yet, so no wait for the device
-            rows = [cut(row) for row in torch.cat(new, dim=1).tolist()]
-            if stream:  # hold back half a character, and what may be the beginning of `stop`
-                text, ended = rows[0]
-                whole = len(text) if ended else max(shown, len(text.rstrip('\ufffd')) - (len(stop) - 1 if stop else 0))
-                print(text[shown:whole], end='', flush=True)
-                shown = whole
-            if all(ended for _, ended in rows):
+def text_of(ids, last):
+    """
+    A sample's text up to `stop`, and whether that came. Before its last token it holds back what the next may change:
+    half a character, and what may be the beginning of `stop`.
+    """
+    text = tokenizer.decode(ids)
+    if stop and stop in text:
+        return start + text.partition(stop)[0], True
+    if not last:
+        text = text.rstrip('\ufffd')
+        text = text[:max(0, len(text) - len(stop or '') + 1)] if stop else text
+    return start + text, last
+
+
+with autocast, torch.inference_mode():
+    if compile:  # CUDA graphs need the same cache at the same address every time
+        started = time.perf_counter()
+        for kv in cache:
+            torch._dynamo.mark_static_address(kv)
+        failed = compile_method(model, 'decode', lambda: [*zip(range(5), tokens_of(0))], mode='reduce-overhead', fullgraph=True)
+        print(failed or f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+    reading = writing = 0.0                                                          # seconds
+    written = 0                                                                      # tokens
+    for first in range(0, num_samples, rows):
+        ids, unseen = [[] for _ in range(rows)], []
+        row, printed = 0, 0                                                          # the sample being printed, its characters already out
+        started = time.perf_counter()
+        for n, column in enumerate(tokens_of(first), 1):
+            unseen.append(column)
+            last = n == max_new_tokens
+            if n > 1 and not (stream or last or stop and n % 16 == 0):
+                continue                                                             # nothing to look at yet: no wait for the device
+            for known, new in zip(ids, torch.cat(unseen, dim=1).tolist()):
+                known += new
+            unseen.clear()
+            if n == 1:
+                reading += time.perf_counter() - started
+                started = time.perf_counter()
+            while first + row < num_samples and row < rows:
+                text, done = text_of(ids[row], last)
+                if stream or done:
+                    print(text[printed:], end='', flush=True)
+                    printed = max(printed, len(text))
+                if not done:
+                    break
+                print('\n---------------', flush=True)
+                row, printed = row + 1, 0
+            else:
                 break
-    for row in torch.cat(new, dim=1).tolist():
-        print(cut(row)[0][shown:] if stream else start + cut(row)[0])
-        print('---------------', flush=True)
-seconds = time.perf_counter() - started
-print(f"{drawn} tokens in {seconds:.1f} s, {drawn / seconds:.1f} tok/s; {device}, {dtype}", file=sys.stderr)
+        writing += time.perf_counter() - started
+        written += row * (n - 1)
+
+
+def speed(what, tokens, seconds):
+    return f"{what} {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tok/s" if seconds else f"{what} nothing"
+
+
+batches = math.ceil(num_samples / rows)
+print(f"{speed('prefill', min(len(prompt), c.block_size) * batches, reading)}; {speed('decode', written, writing)}; {device}, {dtype}", file=sys.stderr)

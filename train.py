@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GPTConfig, Tokenizer, choose_device, compile_forward, peak_flops_of, read_checkpoint, read_tokenizer
+from model import GPT, GPTConfig, Tokenizer, choose_device, compile_method, peak_flops_of, read_checkpoint, read_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -323,7 +323,7 @@ if compile:
     def trial():  # compilers fail at the first call, so make that here
         with autocast:
             model(*get_batch('train', 0, 0))[1].backward()
-    failed = compile_forward(model, trial)
+    failed = compile_method(model, 'forward', trial)
     model.zero_grad(set_to_none=True)
     if master:
         print(failed or f"compiled in {time.perf_counter() - started:.0f} s")

@@ -108,7 +108,7 @@ def test_checkpoint_for_sampling_only(run, trained, tmp_path):
     (['--temperature=-1'], 'temperature must not be negative, not -1.0'),
     (['--top_p=0'], 'top_p must be in (0, 1], not 0.0'),
     (['--top_p=nan'], 'top_p takes float or None'),
-    (['--num_samples=0'], 'num_samples must be at least 1'),
+    (['--num_samples=0'], 'num_samples must be at least 1'), (['--temperature=nan'], 'temperature takes float'),
     (['--max_new_tokens=0'], 'max_new_tokens must be at least 1'),
     (['--init_from=gpt2'], "cannot read GPT-2 weights from 'gpt2'")])
 def test_sample(run, trained, arguments, words):

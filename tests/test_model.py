@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import model as ours
-from model import GPT, ChunkedCrossEntropy, GPTConfig, KVCache, Tokenizer, draw, read_checkpoint, read_tokenizer
+from model import GPT, ChunkedCrossEntropy, GPTConfig, Tokenizer, draw, read_checkpoint, read_tokenizer
 from reference import gpt_logits, gpt_loss, random_parameters
 
 ARGS = dict(n_layer=3, n_head=2, n_embd=16, block_size=12, bias=True, vocab_size=29, dropout=0.0)
@@ -168,17 +168,56 @@ def test_chunked_loss_in_half_precision(dtype, tolerance):
 # -----------------------------------------------------------------------------
 # the KV cache and sampling
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize('shape', [dict(), dict(n_layer=1, n_head=1, n_embd=8, bias=True), dict(n_head=4, n_embd=32, activation='gelu_tanh', bias=True)])
 @torch.no_grad()
-def test_cache_is_exact():
-    """Whatever the split into calls, the cached logits are the uncached ones."""
-    net, p, args = tiny()
+def test_cache_is_exact(shape, dtype, tolerance):
+    """Whatever the prompt's length, 1 … block_size, cached logits are the uncached ones; so they are through the mask of static shapes."""
+    net, p, args = tiny(**shape)
+    net.to(dtype)
     x = tokens(2, 12)
     whole = net.lm_head(net.hidden(x))
-    for splits in ([12], [1] * 12, [5, 7], [3, 1, 8], [1, 10, 1]):
-        cache = KVCache(net.config, 2, 12)
-        parts = [net.lm_head(net.hidden(part, cache)) for part in x.split(splits, dim=1)]
-        assert cache.pos == 12 and (torch.cat(parts, dim=1) - whole).abs().max() < 1e-5
+    positions = torch.arange(12)
+    for prompt in range(1, 13):
+        sliced, static = net.new_cache(2, 12), net.new_cache(2, 12)
+        for cache in (sliced, static):
+            assert (net.prefill(x[:, :prompt], cache) - whole[:, prompt - 1]).abs().max() < tolerance
+        for t in range(prompt, 12):
+            here = positions[t:t + 1]
+            logits = (net.decode(x[:, t:t + 1], here, [kv[..., :t + 1, :] for kv in sliced]),
+                      net.decode(x[:, t:t + 1], here, static, (positions <= here)[None]))
+            assert max((found - whole[:, t]).abs().max() for found in logits) < tolerance
+    cache = net.new_cache(2, 12)  # several tokens at a time behind a cache
+    net.prefill(x[:, :5], cache)
+    found = net.lm_head(net.hidden(x[:, 5:], cache, positions[5:], positions <= positions[5:, None]))
+    assert (found - whole[:, 5:]).abs().max() < tolerance
     assert not any('cache' in name or 'kv' in name for name in net.state_dict())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_for_sampling(dtype):
+    """Weights cast or packed in advance change no logit by more than rounding: float32 as nothing, halves as autocast does it."""
+    x = tokens(2, 12)
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        want = tiny(bias=True)[0].prefill(x, tiny(bias=True)[0].new_cache(2, 12))
+        net = tiny(bias=True)[0].for_sampling('cpu', dtype)
+        assert (net.prefill(x, net.new_cache(2, 12)) - want).abs().max() < (1e-5 if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_a_row_is_its_own():
+    """From two rows on, the bits of a row do not depend on the others or on their number; one prompt serves for all."""
+    net = GPT(GPTConfig(block_size=24, vocab_size=96, n_layer=2, n_head=2, n_embd=64)).for_sampling('cpu', torch.float32)
+    draws = torch.rand(33, 40, generator=torch.Generator().manual_seed(0))
+    x = tokens(1, 5)
+    def rows(n, first=0):
+        return torch.cat([*net.stream(x, 40, top_k=50, draws=draws[first:first + n])], dim=1)
+    everything = rows(33)
+    assert len(set(map(tuple, everything.tolist()))) == 33
+    for n in (2, 3, 7, 16):
+        assert torch.equal(rows(n), everything[:n]) and torch.equal(rows(n, 33 - n), everything[33 - n:])
+    assert torch.equal(torch.cat([*net.stream(x.expand(7, -1), 40, top_k=50, draws=draws[:7], static=True)], dim=1), everything[:7])
 
 
 @pytest.mark.parametrize('prompt', [1, 4, 12, 20])
@@ -187,6 +226,9 @@ def test_greedy_is_the_plain_loop(prompt):
     net, p, args = tiny()
     x = tokens(3, prompt)
     got = net.generate(x, 20, temperature=0)
+    assert torch.equal(got, net.generate(x, 20, temperature=0, static=True))
+    assert torch.equal(got, net.generate(x, 20, temperature=0, cache=net.new_cache(3, 12)))
+    assert torch.equal(got, tiny()[0].for_sampling('cpu', torch.float32).generate(x, 20, temperature=0))
     window, out = x[:, -12:], x
     for _ in range(20):
         if window.size(1) > 12:  # full: go on from its later half

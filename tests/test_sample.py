@@ -1,4 +1,5 @@
 """sample.py as a subprocess: what it prints, and what decides it."""
+import re
 import subprocess
 import sys
 
@@ -48,6 +49,31 @@ def test_sample_i_is_its_own(run, trained):
         run, trained, '--num_samples=1', '--max_new_tokens=40', '--temperature=0')
     assert sample(run, trained, '--num_samples=1', '--max_new_tokens=40', '--top_p=0.0001', '--top_k=None') == sample(
         run, trained, '--num_samples=1', '--max_new_tokens=40', '--temperature=0')
+
+
+def test_memory_splits_the_batch(house, trained):
+    """Where memory is short the samples come in several batches, and are the same."""
+    source = (house / 'sample.py').read_text(encoding='utf-8')
+    short = source.replace('memory // 2 //', '35_000 //')  # room for the caches of 4 samples
+    assert short != source
+    (house / 'short.py').write_text(short, encoding='utf-8')
+    for how in (['--num_samples=9'], ['--num_samples=9', '--stream=True'], ['--num_samples=9', '--stop=the'], ['--num_samples=1']):
+        texts = [subprocess.run([sys.executable, str(house / script), '--device=cpu', '--max_new_tokens=30', *how], cwd=trained, check=True, capture_output=True,
+                                text=True) for script in ('sample.py', 'short.py')]
+        assert texts[0].stdout == texts[1].stdout and texts[0].stdout.count(END) == int(how[0].split('=')[1])
+        assert f"prefill {3 if '9' in how[0] else 1} tokens in" in texts[1].stderr
+
+
+def test_speeds(run, trained):
+    """Prefill and decode apart, on stderr; the first new token comes out of prefill."""
+    done = run('sample.py', '--device=cpu', '--num_samples=3', '--start=the ', '--max_new_tokens=11', cwd=trained)
+    assert re.fullmatch(r'prefill 4 tokens in [\d.]+ s, \d+ tok/s; decode 30 tokens in [\d.]+ s, \d+ tok/s; cpu, float32\n', done.stderr)
+
+
+def test_compile(run, trained):
+    """Compiled with static shapes, the text stays."""
+    how = ['--num_samples=2', '--max_new_tokens=40', '--start=the lazy dog ']
+    assert sample(run, trained, *how, '--compile=True') == sample(run, trained, *how)
 
 
 def test_stop(run, trained):
