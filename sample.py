@@ -81,8 +81,7 @@ kind = torch.device(device).type
 model.for_sampling(device, getattr(torch, dtype), pack=not compile)
 autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32')
 
-# One batch if the caches of all samples fit into half the memory, else several of one size. Never a row alone: one
-# takes other kernels than many, with other last bits, and these can tip a draw.
+# one batch if the caches of all samples fit into half the memory, else several of one size
 c = model.config
 length = min(c.block_size, len(prompt) + max_new_tokens)
 if kind == 'cuda':
@@ -90,7 +89,7 @@ if kind == 'cuda':
 else:
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else 2 ** 33
 fit = max(1, memory // 2 // (2 * c.n_layer * c.n_embd * length * (4 if dtype == 'float32' else 2)))
-rows = max(2, math.ceil(num_samples / math.ceil(num_samples / fit)))
+rows = math.ceil(num_samples / math.ceil(num_samples / fit))
 with autocast:
     cache = model.new_cache(rows, length)
 prompt_ids = torch.tensor([prompt], device=device)                                   # (1, T)
