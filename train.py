@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'                 # a folder of data/
+sampler = 'random'                      # windows at random places, or epoch: every block of tokens once an epoch, in random order
 gradient_accumulation_steps = 5 * 8     # micro-batches per iteration, over all processes together
 batch_size = 12                         # sequences per micro-batch
 block_size = 1024                       # tokens per sequence
@@ -148,6 +150,8 @@ for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulatio
 for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip', 'checkpoint_interval'):
     if config[key] < 0:
         fail(f"{key} must not be negative, but is {config[key]}")
+if sampler not in ('random', 'epoch'):
+    fail(f"sampler {sampler!r} is neither random nor epoch")
 if gradient_accumulation_steps % world_size:
     fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size {world_size}: "
          f"the processes share them; try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}")
@@ -176,10 +180,10 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # Randomness is a function of (seed, stream, iteration, micro-step): nothing of it needs saving, and
 # a micro-batch is the same one whichever rank draws it.
 
-STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3}
+STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3, 'epoch': 4}
 
 
-def randomness(stream, iteration, micro_step):
+def randomness(stream, iteration, micro_step=0):
     return np.random.default_rng((seed, STREAMS[stream], iteration, micro_step))
 
 
@@ -211,10 +215,25 @@ def foreign_id(name, tokens):
             f"was the data prepared with another tokenizer?")
 
 
+blocks = max(1, len(train_data) // block_size - 1)  # of an epoch: one less than there are leaves room for their offset
+
+
+@lru_cache(maxsize=2)
+def blocks_of_epoch(epoch):
+    """Where each block of train.bin begins, (blocks,), in the order of this epoch and at its own offset."""
+    random = randomness('epoch', epoch)
+    offset = random.integers(min(block_size, len(train_data) - blocks * block_size))
+    return offset + block_size * random.permutation(blocks)
+
+
 def get_batch(stream, iteration, micro_step):
     """X, Y (B, T) int64 on the device: windows at random places and the same one token later."""
     data = val_data if stream == 'eval-val' else train_data
-    starts = randomness(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
+    if sampler == 'epoch' and stream == 'train':
+        first = (iteration * gradient_accumulation_steps + micro_step) * batch_size
+        starts = np.array([blocks_of_epoch(i // blocks)[i % blocks] for i in range(first, first + batch_size)])
+    else:
+        starts = randomness(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
     tokens = data[starts[:, None] + window]                       # (B, T + 1) uint16
     if tokens.max() >= model_args['vocab_size']:
         leave(1, foreign_id('val.bin' if stream == 'eval-val' else 'train.bin', tokens))
@@ -466,6 +485,7 @@ if wandb_log and master:
 
 peak = peak_flops or peak_flops_of(device, dtype)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+batch = None                                          # the next one, read ahead
 loss_sum = torch.zeros((), device=device)             # of this rank's micro-batches of one iteration
 first_bad = torch.full((), math.inf, device=device)   # the first iteration with a loss or gradient that is not finite
 clock, iterations = time.perf_counter(), 0            # since the last log line; evaluations and checkpoints stop the clock
@@ -516,7 +536,7 @@ while True:
     for group in optimizer.param_groups:
         group['lr'] = lr
     for micro_step in range(rank, gradient_accumulation_steps, world_size):
-        X, Y = get_batch('train', iter_num, micro_step)
+        X, Y = batch or get_batch('train', iter_num, micro_step)
         if distributed:  # gradients are averaged over the ranks once, in the last backward pass
             ddp_model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
         if dropout:
@@ -525,6 +545,7 @@ while True:
             _, loss = ddp_model(X, Y)
         scaler.scale(loss * (world_size / gradient_accumulation_steps)).backward()
         loss_sum += loss.detach()
+        batch = get_batch('train', *divmod(iter_num * gradient_accumulation_steps + micro_step + world_size, gradient_accumulation_steps))  # while the device works
         if asked_to_leave and not distributed:
             break
     if asked_to_leave and not distributed:

@@ -1,11 +1,16 @@
-"""What the prepare.py scripts share: downloads and files that appear whole or not at all, GPT-2's BPE, characters."""
+"""What the prepare.py scripts share: downloads and files that appear whole or not at all, tokenizers, documents and characters."""
+import gzip
 import hashlib
 import http.client
+import json
 import os
 import pickle
 import sys
 import urllib.request
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +65,81 @@ def gpt2_bpe():
                  "tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR=FOLDER, then bring the folder here and set the same")
 
 
+def train_bpe(texts, vocab_size):
+    """A byte-level BPE as GPT-2's, trained on an iterable of texts: every text comes back from its ids as it was. tokenizers.Tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    if not 257 <= vocab_size <= 65536:
+        sys.exit(f"vocab_size must be from 257, the bytes and <|endoftext|>, to 65536, what two bytes a token can count; not {vocab_size}")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=['<|endoftext|>'],
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.encode_special_tokens = True  # in a text <|endoftext|> is thirteen characters like others
+    return bpe
+
+
+def split_documents(documents, test_size):
+    """A datasets.Dataset in two, train and val, as nanoGPT splits OpenWebText."""
+    if len(documents) == 1:
+        print("a single document: it goes to train.bin, and val.bin stays empty")
+        return documents, documents.select([])
+    split = documents.train_test_split(test_size=test_size, seed=2357, shuffle=True)
+    return split['train'], split['test']
+
+
+def write_documents(folder, encode, end, num_workers, **splits):
+    """
+    folder/NAME.bin for each NAME=(count, iterable of texts): the ids of each text, encode(text), and `end` behind them.
+    Threads, since tokenizers work outside Python's lock; eight texts at a time and no more of them in flight than keep the threads
+    busy, so that memory does not grow with the corpus. The first split's file goes first and comes last.
+    """
+    def piece(texts):
+        return b''.join(np.append(encode(text), end).astype('<u2').tobytes() for text in texts)
+
+    def pieces(pool, texts):
+        texts, running = iter(texts), deque()
+        while batch := list(islice(texts, 8)):
+            running.append((len(batch), sum(map(len, batch)), pool.submit(piece, batch)))
+            if len(running) > 2 * num_workers:
+                yield running.popleft()
+        yield from running
+
+    from tqdm import tqdm
+    names = list(splits)
+    (folder / f'{names[0]}.bin').unlink(missing_ok=True)
+    with ThreadPoolExecutor(num_workers) as pool:
+        for name in reversed(names):
+            count, texts = splits[name]
+            tokens = characters = 0
+            with whole(folder / f'{name}.bin') as f, tqdm(total=count, desc=name, unit=' documents') as progress:
+                for n, length, done in pieces(pool, texts):
+                    tokens += f.write(done.result()) // 2
+                    characters += length
+                    progress.set_postfix_str(f"{tokens / max(progress.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+                    progress.update(n)
+            print(f"{name}.bin has {tokens:,} tokens in {count:,} documents" + (f", {tokens / characters:.3f} tokens a character" if characters else ''))
+
+
+def unreadable(paths, kind):
+    """Where the first row stands that is not JSON, not Unicode or no text: 'FILE, row N (why)', or None if all is well."""
+    for path in paths:
+        data = gzip.open(path) if path.endswith('.gz') else open(path, 'rb')
+        row = 0
+        try:
+            with data:
+                if kind == 'parquet':
+                    import pyarrow.parquet
+                    for batch in pyarrow.parquet.ParquetFile(data).iter_batches(64, columns=['text']):
+                        for row, text in enumerate(batch['text'], row + 1):
+                            text.as_py().encode()
+                for row, line in enumerate(data if kind != 'parquet' else [], 1):
+                    line = line.decode()
+                    (json.loads(line)['text'] if kind == 'json' and line.strip() else line).encode()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{path}, row {row} ({type(error).__name__}: {error})"
+
+
 def write_bins(folder, **splits):
     """folder/NAME.bin for each NAME=ids, as uint16. The first one goes first and comes last, so it never stands beside a stale one."""
     names = list(splits)
@@ -72,9 +152,12 @@ def write_bins(folder, **splits):
 
 def write_characters(folder, train, val):
     """Two texts as character ids in train.bin and val.bin, and their alphabet in meta.pkl."""
-    alphabet = sorted(set(train) | set(val))
-    stoi = {c: i for i, c in enumerate(alphabet)}
+    codes = {name: np.frombuffer(text.encode('utf-32-le'), dtype='<u4') for name, text in (('train', train), ('val', val))}
+    known = np.unique(np.concatenate([np.unique(ids) for ids in codes.values()]))
+    alphabet = [chr(code) for code in known]
     print(f"{len(train) + len(val):,} characters, {len(alphabet)} different: {''.join(alphabet)!r}")
+    if len(alphabet) > 65536:
+        sys.exit(f"{len(alphabet)} different characters are more than two bytes a token can count")
     with whole(folder / 'meta.pkl') as f:
-        pickle.dump({'vocab_size': len(alphabet), 'stoi': stoi, 'itos': dict(enumerate(alphabet))}, f)
-    write_bins(folder, train=[stoi[c] for c in train], val=[stoi[c] for c in val])
+        pickle.dump({'vocab_size': len(alphabet), 'stoi': {c: i for i, c in enumerate(alphabet)}, 'itos': dict(enumerate(alphabet))}, f)
+    write_bins(folder, **{name: np.searchsorted(known, ids) for name, ids in codes.items()})

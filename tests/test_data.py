@@ -82,25 +82,173 @@ def test_openwebtext_out_of_reach(run, house, bpe):
     assert 'cannot download https://huggingface.co/datasets/stas/openwebtext-10k' in words and '--files=' in words
 
 
-def test_openwebtext(run, house, tmp_path, bpe):
-    """The split, the encoding and the end of each document are those of nanoGPT's pipeline."""
+def reference(bpe, texts, test_size=0.0005):
+    """train and val as nanoGPT's pipeline makes them: load, split, encode each, concatenate."""
     from datasets import Dataset
-    texts = [f'Document {i}. ' + 'words and more — ' * (i % 7) + ('<|endoftext|>' if i == 5 else '') for i in range(2500)]
+    if len(texts) == 1:
+        splits = {'train': texts, 'val': []}
+    else:
+        split = Dataset.from_dict({'text': texts}).train_test_split(test_size=test_size, seed=2357, shuffle=True)
+        splits = {'train': split['train']['text'], 'val': split['test']['text']}
+    return {name: [i for text in part for i in bpe.encode_ordinary(text) + [50256]] for name, part in splits.items()}
+
+
+ODD = ['', 'a', '<|endoftext|> inside <|endoftext|>', '\x00\x01 control \x7f\u0085', '  \n\n\t ', '👨‍👩‍👧 𠀀 é\u0301 日本', 'x' * 5000, '\ufffd']
+
+
+@pytest.mark.parametrize('count', [1, 2, 7, 3000])
+@pytest.mark.parametrize('workers', [1, 3])
+def test_openwebtext(run, house, tmp_path, bpe, count, workers):
+    """Byte for byte nanoGPT's bins for any number of documents and workers, odd texts and empty ones included."""
+    texts = [ODD[i % len(ODD)] + f' document {i}' * (i % 5) for i in range(count)]
     (tmp_path / 'mine.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
-    out = run('data/openwebtext/prepare.py', '--files=mine.jsonl').stdout
-    split = Dataset.from_dict({'text': texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    for name, part in (('train', split['train']), ('val', split['test'])):
-        want = [i for text in part['text'] for i in bpe.encode_ordinary(text) + [50256]]
+    out = run('data/openwebtext/prepare.py', '--files=mine.jsonl', f'--num_workers={workers}').stdout
+    for name, want in reference(bpe, texts).items():
         assert read(house, 'openwebtext', name).tolist() == want
-        assert f'{name}.bin has {len(want):,} tokens in {len(part):,} documents' in out
+        assert f'{name}.bin has {len(want):,} tokens in' in out
+    assert ('val.bin stays empty' in out) == (count == 1)
+
+
+def test_large_documents_and_formats(run, house, tmp_path, bpe):
+    """Documents of 5 MB; parquet, compressed JSON lines and text files, all the same documents, all the same bins."""
+    import gzip
+    import pyarrow
+    import pyarrow.parquet
+    texts = [' '.join(f'{i * n}' for n in range(700_000)) if i < 2 else f'small one {i}' for i in range(5)]
+    assert min(map(len, texts[1:2])) > 4_500_000
+    want = reference(bpe, texts)
+    pyarrow.parquet.write_table(pyarrow.table({'text': texts, 'other': list(range(5))}), tmp_path / 'a.parquet')
+    with gzip.open(tmp_path / 'b.jsonl.gz', 'wt') as f:
+        f.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+    (tmp_path / 'c').mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / 'c' / f'{i}.txt').write_text(text)
+    for files in ('a.parquet', 'b.jsonl.gz', 'c/*.txt'):
+        run('data/openwebtext/prepare.py', f'--files={files}')
+        assert all(read(house, 'openwebtext', name).tolist() == want[name] for name in want), files
+
+
+def test_bad_documents(run, house, tmp_path, bpe):
+    """One line that names what is wrong, with file and row where it is not Unicode; and mistakes harm no data."""
+    import pyarrow
+    import pyarrow.parquet
+    (tmp_path / 'good.jsonl').write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
+    run('data/openwebtext/prepare.py', '--files=good.jsonl')
     before = [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
-    for name, text, words in (('one.jsonl', '{"text": "alone"}', '1 documents'), ('two.jsonl', '{"a": 1}\n{"a": 2}', 'with the fields a'),
-                              ('null.jsonl', '{"text": "a"}\n{"text": null}', 'each with a text'), ('bad.jsonl', '{"text', 'cannot be read as json'),
-                              ('x.csv', 'text', 'must all be .parquet')):
-        (tmp_path / name).write_text(text)
+    for name, text, words in (('two.jsonl', b'{"a": 1}\n{"a": 2}', 'with the fields a'), ('null.jsonl', b'{"text": "a"}\n{"text": null}', 'each must have a text'),
+                              ('bad.jsonl', b'{"text": "a"}\n{"text', 'bad.jsonl, row 2'), ('x.csv', b'text', 'must all be .parquet'),
+                              ('lone.jsonl', b'{"text": "a"}\n{"text": "\\ud800"}', 'lone.jsonl, row 2'),
+                              ('latin.jsonl', b'{"text": "a"}\n\n{"text": "caf\xe9"}', 'latin.jsonl, row 3'), ('latin.txt', b'a\nb\ncaf\xe9', 'latin.txt, row 3')):
+        (tmp_path / name).write_bytes(text)
         assert words in run('data/openwebtext/prepare.py', f'--files={name}', status=1)
-    assert 'no such files' in run('data/openwebtext/prepare.py', '--files=*.tsv', status=1)
-    assert before == [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]  # mistakes harm no data
+    for wrong, words in (('--files=*.tsv', 'no such files'), ('--corpus=half', 'neither 10k nor full'), ('--num_workers=0', 'num_workers must be')):
+        assert words in run('data/openwebtext/prepare.py', wrong, status=1)
+    assert before == [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
+    broken = pyarrow.array([b'fine', b'caf\xe9', b'fine'] * 20, pyarrow.binary())
+    broken = pyarrow.StringArray.from_buffers(len(broken), broken.buffers()[1], broken.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({'text': broken}), tmp_path / 'broken.parquet')
+    assert 'broken.parquet, row 2' in run('data/openwebtext/prepare.py', '--files=broken.parquet', status=1)
+
+
+def test_whole_openwebtext_out_of_reach(run, house, bpe):
+    words = run('data/openwebtext/prepare.py', '--corpus=full', status=1)
+    assert 'cannot download https://huggingface.co/datasets/Skylion007/openwebtext' in words and '--files=' in words
+
+
+def test_killed_prepare(house, tmp_path, bpe, request):
+    """Whenever prepare.py is killed, every .bin under its name is whole, and a new val.bin never has an old train.bin beside it."""
+    import random
+    import subprocess
+    import sys
+    import time
+    corpora = []
+    for n in (0, 1):
+        texts = [f'corpus {n}: ' + 'words and words ' * 300 + str(i) for i in range(4000)]
+        (tmp_path / f'{n}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+        corpora.append({name: np.array(ids, '<u2').tobytes() for name, ids in reference(bpe, texts).items()})
+    folder, chance, caught = house / 'data' / 'openwebtext', random.Random(0), 0
+
+    def start(n):
+        return subprocess.Popen([sys.executable, str(folder / 'prepare.py'), f'--files={tmp_path / f"{n}.jsonl"}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert start(0).wait() == 0
+    for kill in range(max(6, request.config.getoption('--kills') // 2)):
+        process = start(kill % 2)
+        part = folder / chance.choice(['val.bin.part', 'train.bin.part', 'train.bin.part'])
+        size = chance.uniform(0, len(corpora[0]['train']))
+        part.unlink(missing_ok=True)  # of the kill before
+        while process.poll() is None and not (part.is_file() and part.stat().st_size >= size * part.name.startswith('train')):
+            time.sleep(0.001)
+        time.sleep(chance.choice([0, 0.01, 0.1]))
+        process.kill()
+        process.wait()
+        found = {name: (folder / f'{name}.bin').read_bytes() for name in ('train', 'val') if (folder / f'{name}.bin').is_file()}
+        caught += 'train' not in found
+        assert all(body in [corpus[name] for corpus in corpora] for name, body in found.items())
+        assert 'train' not in found or found in corpora
+    assert caught >= 2  # in the middle of writing
+
+
+def test_custom(run, house, tmp_path, bpe):
+    """Characters, GPT-2's encoding and a trained one of the same text: nine tenths and one, and it all comes back; train and sample run on it."""
+    import tokenizers
+    text = '《静夜思》\r\n床前明月光，疑是地上霜。\r\n举头望明月，低头思故乡。🦊𠀀\n' * 40
+    (tmp_path / 'book.txt').write_bytes(text.encode())
+    text = text.replace('\r\n', '\n')
+    cut = int(0.9 * len(text))
+
+    def texts(kind):
+        out = run('data/custom/prepare.py', '--input=book.txt', f'--tokenizer={kind}', '--vocab_size=300', '--name=mytext').stdout
+        assert 'train on it with --dataset=mytext' in out
+        return [read(house, 'mytext', split).tolist() for split in ('train', 'val')]
+    train, val = texts('gpt2')
+    assert [train, val] == [bpe.encode_ordinary(part) + [50256] for part in (text[:cut], text[cut:])]
+    trained = texts('bpe')
+    tokenizer = tokenizers.Tokenizer.from_file(str(house / 'data' / 'mytext' / 'tokenizer.json'))
+    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in trained] == [part + '<|endoftext|>' for part in (text[:cut], text[cut:])]
+    assert max(trained[0]) < tokenizer.get_vocab_size() <= 300
+    small = ['--dataset=mytext', '--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2', '--gradient_accumulation_steps=1',
+             '--max_iters=1', '--eval_iters=1']
+    assert 'vocabulary 320' in run('train.py', *small).stdout  # 300 rounded up to a multiple of 64
+    run('sample.py', '--start=明月<|endoftext|>', '--num_samples=2', '--max_new_tokens=5', '--device=cpu')
+    train, val = texts('char')
+    meta = pickle.loads((house / 'data' / 'mytext' / 'meta.pkl').read_bytes())
+    assert ''.join(meta['itos'][i] for i in train + val) == text and meta['stoi']['🦊'] < meta['vocab_size'] == len(set(text))
+    assert not (house / 'data' / 'mytext' / 'tokenizer.json').exists()
+
+    (tmp_path / 'more').mkdir()
+    for name, part in (('1.txt', text), ('2.txt', 'short'), ('3.txt', '')):
+        (tmp_path / 'more' / name).write_text(part)
+    run('data/custom/prepare.py', '--input=more', '--tokenizer=gpt2', '--name=mytext')  # a folder: every text is ended
+    both = np.concatenate([read(house, 'mytext', split) for split in ('train', 'val')])
+    assert bpe.decode(both.tolist()) == text[:int(0.9 * (len(text) + 5))] + '<|endoftext|>' + text[int(0.9 * (len(text) + 5)):] + '<|endoftext|>short<|endoftext|>'
+    (tmp_path / 'gbk.txt').write_bytes('明月\n故乡'.encode('gb18030'))
+    for arguments, words in ((['--input=gbk.txt'], 'gbk.txt, row 1: not UTF-8'), ([], 'which text?'), (['--input=none.txt'], 'no such text'), (['--input=more/3.txt'], 'empty'),
+                             (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'), (['--input=book.txt', '--name=../x'], 'without a path'),
+                             (['--input=book.txt', '--tokenizer=word'], 'none of char, gpt2, bpe'), (['--input=book.txt', '--tokenizer=bpe', '--vocab_size=70000', '--name=mytext'], 'vocab_size must be')):
+        assert words in run('data/custom/prepare.py', *arguments, status=1)
+
+
+def test_wiki_zh(run, house, tmp_path):
+    """Every article comes back whole, title on top, emoji and rare ideographs included; its config trains and samples whole characters."""
+    import tokenizers
+    articles = [('数学', '数学\n\n数学是研究数量、结构以及空间等概念的学科。'), ('狐狸', '🦊是一种动物。𠀀𪚥<|endoftext|>'), ('空', '')] * 70
+    for n, part in enumerate((articles[:100], articles[100:])):
+        folder = tmp_path / 'wiki' / ('AA', 'AB')[n]
+        folder.mkdir(parents=True)
+        (folder / 'wiki_00').write_text(''.join(json.dumps({'id': '1', 'url': '', 'title': title, 'text': text}, ensure_ascii=n == 0) + '\n' for title, text in part), encoding='utf-8')
+    run('data/wiki_zh/prepare.py', '--input=wiki', '--vocab_size=400')
+    tokenizer = tokenizers.Tokenizer.from_file(str(house / 'data' / 'wiki_zh' / 'tokenizer.json'))
+    end = tokenizer.token_to_id('<|endoftext|>')
+    found = []
+    for split in ('train', 'val'):
+        ids = read(house, 'wiki_zh', split)
+        found += [tokenizer.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]]
+    assert sorted(found) == sorted(text if text.startswith(title) else f'{title}\n\n{text}' for title, text in articles)
+    run('train.py', 'config/train_wiki_zh.py', '--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2', '--max_iters=1', '--eval_iters=1')
+    run('sample.py', '--out_dir=out-wiki-zh', '--start=数学', '--num_samples=1', '--max_new_tokens=9', '--device=cpu')
+    assert 'unpack wiki_zh_2019.zip there' in run('data/wiki_zh/prepare.py', status=1)
+    (tmp_path / 'wiki' / 'AB' / 'wiki_00').write_text('{"title": "a", "text": "b"}\n{"ti')
+    assert f'{tmp_path}/wiki/AB/wiki_00, row 2' in run('data/wiki_zh/prepare.py', f'--input={tmp_path}/wiki', status=1)
 
 
 def test_bins_appear_whole(tmp_path, monkeypatch):

@@ -186,6 +186,34 @@ def test_finetune_transformers_folder(run, house, tmp_path):
     assert text.count('the') >= 2 and text.count('---------------') == 2
 
 
+def test_every_block_once_an_epoch(run, house, tmp_path):
+    """sampler=epoch on tokens that are their own positions: each block once an epoch, at another offset each time; the same on 3 ranks and after a resume."""
+    from common import write_characters
+    (house / 'data' / 'positions').mkdir(exist_ok=True)
+    characters = ''.join(map(chr, range(1000)))
+    write_characters(house / 'data' / 'positions', characters, characters)
+    source = (house / 'train.py').read_text(encoding='utf-8')
+    spying = source.replace('    return tokens[:, :-1]', "    if stream == 'train' and iteration < 16:\n        print(' '.join(map(str, ['drew', iteration, micro_step, *tokens[:, 0].tolist()])) + '\\n', end='')\n    return tokens[:, :-1]")
+    assert spying != source
+    (house / 'spying.py').write_text(spying, encoding='utf-8')
+
+    def draws(*arguments, **how):
+        out = run('spying.py', *SMALL, '--dataset=positions', '--sampler=epoch', '--gradient_accumulation_steps=3', *arguments, **how).stdout
+        return {tuple(map(int, words[1:3])): tuple(map(int, words[3:])) for words in (line.split() for line in out.splitlines()) if words[:1] == ['drew']}
+    whole = draws('--max_iters=16', '--out_dir=a')
+    starts = [start for _, batch in sorted(whole.items()) for start in batch]
+    blocks = 1000 // 16 - 1
+    epochs = [starts[i:i + blocks] for i in range(0, 3 * blocks, blocks)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(min(epoch), min(epoch) + blocks * 16, 16)) and epoch != sorted(epoch) and min(epoch) < 16
+    assert len({min(epoch) for epoch in epochs}) > 1
+    both = {**draws('--max_iters=7', '--out_dir=b'), **draws('--max_iters=16', '--out_dir=b', '--init_from=resume')}
+    assert both == whole
+    assert draws('--max_iters=16', '--out_dir=c', ranks=3) == whole
+    assert draws('--max_iters=16', '--out_dir=d', '--seed=5') != whole
+    assert 'neither random nor epoch' in run('train.py', *SMALL, '--sampler=all', status=1)
+
+
 def test_compile(run):
     """The compiled run has the eager one's curve, and compiles before the first iteration."""
     eager, _ = losses(run('train.py', *SMALL).stdout)

@@ -1,9 +1,9 @@
 """
-OpenWebText-10k, the first 10,000 documents of the open copy of GPT-2's training text, in GPT-2's
-byte-pair encoding: writes train.bin and val.bin beside this file.
+OpenWebText, the open copy of GPT-2's training text, in GPT-2's byte-pair encoding: writes train.bin and val.bin beside this file.
 
-    python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --files="texts/*.jsonl"
+    python data/openwebtext/prepare.py                              # the first 10,000 documents
+    python data/openwebtext/prepare.py --corpus=full                # all 8,013,769
+    python data/openwebtext/prepare.py --files="texts/*.jsonl.gz"   # documents of your own
 """
 import glob
 import os
@@ -12,46 +12,53 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import gpt2_bpe, whole  # noqa: E402
+from common import gpt2_bpe, split_documents, unreadable, write_documents  # noqa: E402
 
-files = ''                          # documents of your own instead: a glob of .parquet or .jsonl files with a field "text", or of .txt files
-num_threads = os.cpu_count() or 1   # that encode
+corpus = '10k'                      # 10k or full
+files = ''                          # instead: a glob of .parquet or .jsonl files with a field "text", or of .txt files, one document each; .gz, .zst … are fine
+num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 
-import numpy as np  # noqa: E402
-from datasets import load_dataset  # noqa: E402
-from datasets.exceptions import DatasetGenerationError  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+if corpus not in ('10k', 'full') or num_workers < 1:
+    sys.exit(f"corpus {corpus!r} is neither 10k nor full" if num_workers > 0 else f"num_workers must be at least 1, not {num_workers}")
+
+import datasets  # noqa: E402
+
+KINDS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text'}
+ROWS = 8_013_769  # of the whole corpus: older copies on the hub hold a tenth of it and do not say so
 
 bpe = gpt2_bpe()
+paths, kind = sorted(glob.glob(files, recursive=True)), 'parquet'
 if files:
-    paths = sorted(glob.glob(files, recursive=True))
-    suffixes = {Path(path).suffix for path in paths}
-    kind = {'.parquet': 'parquet', '.jsonl': 'json', '.txt': 'text'}.get(suffixes.pop() if len(suffixes) == 1 else None)
+    kinds = {next((KINDS[suffix] for suffix in Path(path).suffixes[-2:] if suffix in KINDS), None) for path in paths}
+    kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:
         sys.exit(f"--files={files}: " + ("the files must all be .parquet, all .jsonl or all .txt" if paths else "no such files"))
-    try:
-        documents = load_dataset(kind, data_files=paths, split='train', **({'sample_by': 'document'} if kind == 'text' else {}))
-    except (OSError, DatasetGenerationError) as error:
-        sys.exit(f"--files={files}: cannot be read as {kind}: {error.__cause__ or error}")
-    if len(documents) < 2 or 'text' not in documents.column_names or None in documents.unique('text'):
-        sys.exit(f"--files={files}: {len(documents)} documents with the fields {', '.join(documents.column_names)}, but it takes two or more, each with a text in the field \"text\"")
-else:
-    try:
-        # main holds a loading script, which datasets 4 and later refuse; the hub's own parquet copy does not
-        documents = load_dataset('stas/openwebtext-10k', revision='refs/convert/parquet', split='train')
-    except OSError as error:
-        sys.exit(f"cannot download https://huggingface.co/datasets/stas/openwebtext-10k ({type(error).__name__}): fetch plain_text/train/0000.parquet "
-                 "of its branch refs/convert/parquet where there is a network, then run this with --files=0000.parquet")
+try:
+    if files:
+        documents = datasets.load_dataset(kind, data_files=paths, split='train', **({'sample_by': 'document'} if kind == 'text' else {}))
+        if 'text' in documents.column_names:
+            documents.data['text'].validate(full=True)  # that it is Unicode, before any older data goes
+    elif corpus == '10k':  # main holds a loading script, which datasets 4 and later refuse; the hub's own parquet copy does not
+        documents = datasets.load_dataset('stas/openwebtext-10k', revision='refs/convert/parquet', split='train')
+    else:
+        documents = datasets.load_dataset('parquet', split='train', data_files='hf://datasets/Skylion007/openwebtext@'
+                                          '79d93d786212f7344586290adb811d4ae6a1762c/plain_text/*.parquet')
+except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    if files:
+        sys.exit(f"--files={files}: cannot be read as {kind}: {unreadable(paths, kind) or error.__cause__ or error}")
+    name, where = {'10k': ('stas/openwebtext-10k', "plain_text/train/0000.parquet of its branch refs/convert/parquet"),
+                   'full': ('Skylion007/openwebtext', "the 80 files plain_text/*.parquet, revision 79d93d786212")}[corpus]
+    sys.exit(f"cannot download https://huggingface.co/datasets/{name} ({type(error).__name__}): fetch {where} "
+             "where there is a network, then run this with --files=\"FOLDER/*.parquet\"")
+if 'text' not in documents.column_names or len(documents) == 0 or documents.data['text'].null_count:
+    sys.exit(f"--files={files}: {len(documents)} documents with the fields {', '.join(documents.column_names)}, but each must have a text in the field \"text\"")
+if corpus == 'full' and not files and len(documents) != ROWS:
+    sys.exit(f"OpenWebText came with {len(documents):,} documents instead of {ROWS:,}: delete it from the cache of datasets and fetch it again")
 
-split = documents.train_test_split(test_size=0.0005 if files else 0.005, seed=2357, shuffle=True)
-(HERE / 'train.bin').unlink(missing_ok=True)  # never a new val.bin beside an old train.bin
-for name, part in (('val', split['test']), ('train', split['train'])):
-    tokens = 0
-    with whole(HERE / f'{name}.bin') as f, tqdm(total=len(part), desc=name, unit=' documents') as progress:
-        for i in range(0, len(part), 256):
-            for ids in bpe.encode_ordinary_batch(part[i:i + 256]['text'], num_threads=num_threads):
-                np.array(ids + [bpe.eot_token], dtype='<u2').tofile(f)
-                tokens += len(ids) + 1
-            progress.update(min(256, len(part) - i))
-    print(f"{name}.bin has {tokens:,} tokens in {len(part):,} documents")
+train, val = split_documents(documents, test_size=0.005 if corpus == '10k' and not files else 0.0005)
+write_documents(HERE, lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token, num_workers, **{
+    name: (len(part), (text for rows in part.iter(8) for text in rows['text'])) for name, part in (('train', train), ('val', val))})
+
+# corpus=full: train.bin and val.bin have 9,040,017,095 tokens together, as nanoGPT's: 9,035,582,198 and 4,434,897
+# there, and up to some hundreds to and fro between versions of the libraries that shuffle

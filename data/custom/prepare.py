@@ -1,0 +1,68 @@
+"""
+Any plain text as a data set: writes train.bin, val.bin and the tokenizer into data/NAME, for --dataset=NAME.
+
+    python data/custom/prepare.py --input=book.txt --name=mytext
+    python data/custom/prepare.py --input="texts/**/*.txt" --tokenizer=bpe --vocab_size=8192 --name=mytext
+"""
+import glob
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from common import gpt2_bpe, train_bpe, whole, write_characters, write_documents  # noqa: E402
+
+input = ''                          # a text file in UTF-8, a folder of .txt files, or a glob
+name = 'custom'                     # folder below data/ to write to
+tokenizer = 'char'                  # char: one token a character; gpt2: GPT-2's; bpe: one trained on this text
+vocab_size = 4096                   # of bpe, at most 65536; a small text yields fewer
+num_workers = os.cpu_count() or 1   # threads that encode
+exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
+
+folder = HERE.parent / name
+paths = sorted(path for path in glob.glob(f'{glob.escape(input)}/**/*.txt' if os.path.isdir(input) else input, recursive=True) if os.path.isfile(path))
+for wrong, why in ((not input, "which text? --input=FILE, a folder or a glob"),
+                   (not paths, f"--input={input}: no such text"),
+                   (tokenizer not in ('char', 'gpt2', 'bpe'), f"tokenizer {tokenizer!r} is none of char, gpt2, bpe"),
+                   (num_workers < 1, f"num_workers must be at least 1, not {num_workers}"),
+                   (not name or Path(name).name != name, f"name {name!r} must be the name of a folder, without a path"),
+                   (name != 'custom' and (folder / 'prepare.py').exists(), f"data/{name} is a data set of its own: choose another --name")):
+    if wrong:
+        sys.exit(why)
+
+texts = []
+for path in paths:
+    data = Path(path).read_bytes()
+    try:
+        texts.append(data.decode('utf-8-sig').replace('\r\n', '\n'))
+    except UnicodeDecodeError as error:
+        row = data[:error.start].count(b'\n') + 1
+        sys.exit(f"{path}, row {row}: not UTF-8 ({error.reason}, byte {data[error.start]:#x}); iconv -f GB18030 -t UTF-8 converts Chinese text of old")
+texts = [text for text in texts if text]
+if not texts:
+    sys.exit(f"--input={input}: {len(paths)} empty files")
+
+# the first nine tenths to train on, the rest for validation; a text at the border falls into both
+cut, train, val = int(0.9 * sum(map(len, texts))), [], []
+for text in texts:
+    train += [text[:cut]] if cut > 0 else []
+    val += [text[max(cut, 0):]] if cut < len(text) else []
+    cut -= len(text)
+
+folder.mkdir(exist_ok=True)
+for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):
+    (folder / stale).unlink(missing_ok=True)
+if tokenizer == 'char':
+    write_characters(folder, '\n'.join(train), '\n'.join(val))
+else:
+    if tokenizer == 'gpt2':
+        bpe = gpt2_bpe()
+        encode, end = lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token
+    else:
+        bpe = train_bpe(train, vocab_size)
+        with whole(folder / 'tokenizer.json') as f:
+            f.write(bpe.to_str().encode())
+        encode, end = lambda text: bpe.encode(text).ids, bpe.token_to_id('<|endoftext|>')
+    write_documents(folder, encode, end, num_workers, train=(len(train), train), val=(len(val), val))
+print(f"train on it with --dataset={name}")

@@ -1,0 +1,50 @@
+"""
+Chinese Wikipedia with a byte-level BPE trained on it: writes train.bin, val.bin and tokenizer.json beside this file.
+
+    python data/wiki_zh/prepare.py --input=wiki_zh
+
+中文维基百科（wiki_zh_2019），分词器在其上训练。
+"""
+import glob
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from common import split_documents, train_bpe, unreadable, whole, write_documents  # noqa: E402
+
+input = str(HERE / 'wiki_zh')       # folder with the files AA/wiki_00 … of JSON lines with the fields title and text
+vocab_size = 16384                  # of the tokenizer, at most 65536
+num_workers = os.cpu_count() or 1   # threads that encode
+exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
+
+import datasets  # noqa: E402
+
+paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
+if not paths or num_workers < 1:
+    sys.exit(f"num_workers must be at least 1, not {num_workers}" if paths else f"no {input}/AA/wiki_00 …: unpack wiki_zh_2019.zip there, see {HERE / 'readme.md'}, or name its folder with --input")
+try:
+    documents = datasets.load_dataset('json', data_files=paths, split='train')
+except (ValueError, datasets.exceptions.DatasetsError) as error:
+    sys.exit(f"{input}: {unreadable(paths, 'json') or error.__cause__ or error}")
+if not {'title', 'text'} <= set(documents.column_names):
+    sys.exit(f"{paths[0]} has the fields {', '.join(documents.column_names)}, but it takes title and text")
+
+
+def articles(part):
+    """The texts, each with its title on top, where wiki_zh_2019 has it already."""
+    for rows in part.iter(8):
+        for title, text in zip(rows['title'], rows['text']):
+            yield text if text.startswith(title) else f'{title}\n\n{text}'
+
+
+train, val = split_documents(documents, test_size=0.005)
+# Chinese runs on without spaces, so whole clauses count as words and the trainer's memory grows with the text: 50,000 articles tell enough
+sample = train.select(range(0, len(train), len(train) // 50_000 + 1))
+(HERE / 'train.bin').unlink(missing_ok=True)
+bpe = train_bpe(articles(sample), vocab_size)
+with whole(HERE / 'tokenizer.json') as f:
+    f.write(bpe.to_str().encode())
+write_documents(HERE, lambda text: bpe.encode(text).ids, bpe.token_to_id('<|endoftext|>'), num_workers,
+                train=(len(train), articles(train)), val=(len(val), articles(val)))
