@@ -248,7 +248,7 @@ class GPT(nn.Module):
         self.eval().to(device)
         pack = pack and torch.device(device).type == 'cpu' and dtype == torch.float32 and torch.backends.mkldnn.is_available()
         for module in self.modules():
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear) or module.weight is None:
                 continue
             if pack:
                 weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # rows to expect, at most
@@ -312,7 +312,8 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **more):
         """idx (B, T) with max_new_tokens more, (B, T + max_new_tokens); the arguments are stream's."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, **more)), dim=1)
+        new = torch.cat(list(self.stream(idx, max_new_tokens, temperature, top_k, **more)), dim=1)
+        return torch.cat((idx.expand(new.size(0), -1), new), dim=1)
 
     # -------------------------------------------------------------------------
     # weights in
@@ -403,7 +404,7 @@ def draw(logits, u, temperature=1.0, top_k=None, top_p=None):
     ids, ranked = None, top_p is not None and top_p < 1
     if ranked or top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)                                             # (B, K), descending
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature   # subtracted first, a tiny temperature overflows to -inf only
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)      # smaller ones are 0 in float32
     cdf = logits.softmax(-1).cumsum(-1)                                              # (B, K)
     mass = cdf[:, -1:]                                                               # (B, 1)
     if ranked:  # the tokens up to the first at which the distribution reaches top_p

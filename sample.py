@@ -70,10 +70,14 @@ try:
     if tokenizer is None or tokenizer.size > model.config.vocab_size:
         sys.exit(f"the model has {model.config.vocab_size} tokens, but which? Put the meta.pkl or tokenizer.json of its data set into {folder}")
     if start.startswith('FILE:'):
-        start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        path = Path(start.removeprefix('FILE:'))
+        start = path.read_text(encoding='utf-8')
     elif start == '-':
         start = sys.stdin.read()
+    start = start.encode(errors='replace').decode()                                  # bytes of the command line that are no UTF-8
     prompt = tokenizer.encode(start) or [tokenizer.start]
+except UnicodeDecodeError as error:
+    sys.exit(f"{path if 'path' in globals() else 'standard input'}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
 except (ValueError, OSError) as error:
     sys.exit(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
 
@@ -88,7 +92,8 @@ if kind == 'cuda':
     memory = torch.cuda.mem_get_info(device)[0]
 else:
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else 2 ** 33
-fit = max(1, memory // 2 // (2 * c.n_layer * c.n_embd * length * (4 if dtype == 'float32' else 2)))
+per_row = 2 * c.n_layer * c.n_embd * length * (4 if dtype == 'float32' else 2) + 20 * c.vocab_size + 40 * c.n_embd * length  # cache, logits, a window's activations
+fit = max(1, memory // 2 // per_row)
 rows = math.ceil(num_samples / math.ceil(num_samples / fit))
 with autocast:
     cache = model.new_cache(rows, length)
@@ -100,6 +105,14 @@ def tokens_of(first):
     draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32) for i in range(first, first + rows)])
     return model.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, torch.from_numpy(draws).to(device),
                         tokenizer.size, cache, static=compile or kind == 'cuda')
+
+
+def put(text):
+    try:
+        print(text, end='', flush=True)
+    except OSError as error:
+        print(f"cannot write the text: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(1)  # or Python would try once more to write what is left, and complain
 
 
 def text_of(ids, last):
@@ -122,6 +135,8 @@ with autocast, torch.inference_mode():
         for kv in cache:
             torch._dynamo.mark_static_address(kv)
         failed = compile_method(model, 'decode', lambda: [*zip(range(5), tokens_of(0))], mode='reduce-overhead', fullgraph=True)
+        if failed:
+            model.for_sampling(device, getattr(torch, dtype))
         print(failed or f"compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
 
     reading = writing = 0.0                                                          # seconds
@@ -144,11 +159,11 @@ with autocast, torch.inference_mode():
             while first + row < num_samples and row < rows:
                 text, done = text_of(ids[row], last)
                 if stream or done:
-                    print(text[printed:], end='', flush=True)
+                    put(text[printed:])
                     printed = max(printed, len(text))
                 if not done:
                     break
-                print('\n---------------', flush=True)
+                put('\n---------------\n')
                 row, printed = row + 1, 0
             else:
                 break

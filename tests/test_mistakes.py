@@ -24,7 +24,7 @@ def trained(house, tmp_path_factory):
     (['--batchsize=3'], "unknown key 'batchsize', did you mean 'batch_size'?"),
     (['--batch_size=many'], 'batch_size takes int'),
     (['--dataset=shakespeare_char'], 'shakespeare_char/prepare.py` first'),
-    (['--dataset=shakespear'], "dataset 'shakespear' is none of openwebtext, python_char, shakespeare, shakespeare_char"),
+    (['--dataset=shakespear'], "dataset 'shakespear' is none of custom, openwebtext, python_char, shakespeare, shakespeare_char, wiki_zh"),
     (['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
     (['--init_from=resum'], "init_from 'resum' is no word that --help lists for it (resume, gpt2, gpt2-medium"),
     (['--init_from=gpt2'], "cannot read GPT-2 weights from 'gpt2'"),
@@ -104,7 +104,7 @@ def test_checkpoint_for_sampling_only(run, trained, tmp_path):
 @pytest.mark.parametrize('arguments, words', [
     (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
     (['--start=日'], "never seen the character '日'"),
-    (['--start=FILE:missing.txt'], 'missing.txt: No such file'),
+    (['--start=FILE:missing.txt'], 'missing.txt: No such file'), (['--start=FILE:out/ckpt.pt'], 'out/ckpt.pt: the prompt is not UTF-8'),
     (['--temperature=-1'], 'temperature must not be negative, not -1.0'),
     (['--top_p=0'], 'top_p must be in (0, 1], not 0.0'),
     (['--top_p=nan'], 'top_p takes float or None'),

@@ -251,7 +251,7 @@ def test_draw_follows_the_distribution():
     # probabilities 0.60, 0.22, 0.13, 0.03: 0.7 is reached by two tokens, 0.5 by one, and never by none
     torch.testing.assert_close(shares(top_p=0.7), top2 / top2.sum(), atol=2e-4, rtol=0)
     assert shares(top_p=0.5)[0] == 1 and shares(top_p=1e-6)[0] == 1 and shares(top_k=1)[0] == 1
-    assert shares(temperature=1e-30)[0] == 1 and shares(temperature=0)[0] == 1
+    assert shares(temperature=1e-30)[0] == 1 and shares(temperature=1e-300)[0] == 1 and shares(temperature=0)[0] == 1
     torch.testing.assert_close(shares(top_k=0), shares(top_k=99), atol=2e-4, rtol=0)
     torch.testing.assert_close(shares(top_p=1.0), shares())
 

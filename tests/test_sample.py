@@ -54,7 +54,7 @@ def test_sample_i_is_its_own(run, trained):
 def test_memory_splits_the_batch(house, trained):
     """Where memory is short the samples come in several batches, and are the same."""
     source = (house / 'sample.py').read_text(encoding='utf-8')
-    short = source.replace('memory // 2 //', '35_000 //')  # room for the caches of 4 samples
+    short = source.replace('memory // 2 //', '120_000 //')  # room for the caches of 4 samples
     assert short != source
     (house / 'short.py').write_text(short, encoding='utf-8')
     for how in (['--num_samples=9'], ['--num_samples=9', '--stream=True'], ['--num_samples=9', '--stop=the'], ['--num_samples=1']):
