@@ -10,7 +10,6 @@ import urllib.request
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -88,20 +87,25 @@ def split_documents(documents, test_size):
     return split['train'], split['test']
 
 
+def in_batches(documents):
+    """The rows of a datasets.Dataset as dicts of lists, about a megabyte at a time."""
+    return documents.iter(max(1, min(64, 1_000_000 * len(documents.data) // (documents.data.nbytes + 1))))
+
+
 def write_documents(folder, encode, end, num_workers, **splits):
     """
-    folder/NAME.bin for each NAME=(count, iterable of texts): the ids of each text, encode(text), and `end` behind them.
-    Threads, since tokenizers work outside Python's lock; eight texts at a time and no more of them in flight than keep the threads
-    busy, so that memory does not grow with the corpus. The first split's file goes first and comes last.
+    folder/NAME.bin for each NAME=(number of texts, iterable of lists of them): the ids of each text, encode(text), and `end` behind them.
+    Threads, since tokenizers work outside Python's lock; no more lists in flight than keep the threads busy, so
+    that memory does not grow with the corpus. The first split's file goes first and comes last.
     """
     def piece(texts):
-        return b''.join(np.append(encode(text), end).astype('<u2').tobytes() for text in texts)
+        return np.concatenate([ids for text in texts for ids in (encode(text), [end])], dtype='<u2', casting='unsafe').tobytes()
 
-    def pieces(pool, texts):
-        texts, running = iter(texts), deque()
-        while batch := list(islice(texts, 8)):
-            running.append((len(batch), sum(map(len, batch)), pool.submit(piece, batch)))
-            if len(running) > 2 * num_workers:
+    def pieces(pool, lists):
+        running = deque()
+        for texts in lists:
+            running.append((len(texts), sum(map(len, texts)), pool.submit(piece, texts)))
+            if len(running) > num_workers + 1:
                 yield running.popleft()
         yield from running
 
@@ -110,10 +114,10 @@ def write_documents(folder, encode, end, num_workers, **splits):
     (folder / f'{names[0]}.bin').unlink(missing_ok=True)
     with ThreadPoolExecutor(num_workers) as pool:
         for name in reversed(names):
-            count, texts = splits[name]
+            count, lists = splits[name]
             tokens = characters = 0
             with whole(folder / f'{name}.bin') as f, tqdm(total=count, desc=name, unit=' documents') as progress:
-                for n, length, done in pieces(pool, texts):
+                for n, length, done in pieces(pool, lists):
                     tokens += f.write(done.result()) // 2
                     characters += length
                     progress.set_postfix_str(f"{tokens / max(progress.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)

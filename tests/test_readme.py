@@ -11,7 +11,7 @@ from test_config import configured
 NOT_RUN = {
     r'python3 -m venv|^\. \.venv|pip install': 'makes an environment: .ci/run does',
     r'-m pytest': 'these tests themselves',
-    r'prepare.py --files': 'the data of its user: tests/test_data.py runs it on its own',
+    r'prepare.py --files|custom/prepare.py|wiki[-_]zh': 'the data of its user: tests/test_data.py runs them on its own',
     r'openwebtext/prepare.py': 'network',
     r'finetune_shakespeare|out-shakespeare$|gpt2-xl|eval_gpt2': "network: GPT-2's weights",
     r'--nproc_per_node=8': 'eight GPUs',

@@ -64,5 +64,5 @@ else:
         with whole(folder / 'tokenizer.json') as f:
             f.write(bpe.to_str().encode())
         encode, end = lambda text: bpe.encode(text).ids, bpe.token_to_id('<|endoftext|>')
-    write_documents(folder, encode, end, num_workers, train=(len(train), train), val=(len(val), val))
+    write_documents(folder, encode, end, num_workers, train=(len(train), [[text] for text in train]), val=(len(val), [[text] for text in val]))
 print(f"train on it with --dataset={name}")

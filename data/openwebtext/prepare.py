@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import gpt2_bpe, split_documents, unreadable, write_documents  # noqa: E402
+from common import gpt2_bpe, in_batches, split_documents, unreadable, write_documents  # noqa: E402
 
 corpus = '10k'                      # 10k or full
 files = ''                          # instead: a glob of .parquet or .jsonl files with a field "text", or of .txt files, one document each; .gz, .zst … are fine
@@ -23,11 +23,13 @@ if corpus not in ('10k', 'full') or num_workers < 1:
     sys.exit(f"corpus {corpus!r} is neither 10k nor full" if num_workers > 0 else f"num_workers must be at least 1, not {num_workers}")
 
 import datasets  # noqa: E402
+from pyarrow.dataset import ParquetFragmentScanOptions  # noqa: E402
 
 KINDS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text'}
 ROWS = 8_013_769  # of the whole corpus: older copies on the hub hold a tenth of it and do not say so
 
 bpe = gpt2_bpe()
+how = {'text': {'sample_by': 'document'}, 'parquet': {'fragment_scan_options': ParquetFragmentScanOptions(pre_buffer=False)}}  # no whole file in memory
 paths, kind = sorted(glob.glob(files, recursive=True)), 'parquet'
 if files:
     kinds = {next((KINDS[suffix] for suffix in Path(path).suffixes[-2:] if suffix in KINDS), None) for path in paths}
@@ -36,13 +38,13 @@ if files:
         sys.exit(f"--files={files}: " + ("the files must all be .parquet, all .jsonl or all .txt" if paths else "no such files"))
 try:
     if files:
-        documents = datasets.load_dataset(kind, data_files=paths, split='train', **({'sample_by': 'document'} if kind == 'text' else {}))
+        documents = datasets.load_dataset(kind, data_files=paths, split='train', **how.get(kind, {}))
         if 'text' in documents.column_names:
             documents.data['text'].validate(full=True)  # that it is Unicode, before any older data goes
     elif corpus == '10k':  # main holds a loading script, which datasets 4 and later refuse; the hub's own parquet copy does not
         documents = datasets.load_dataset('stas/openwebtext-10k', revision='refs/convert/parquet', split='train')
     else:
-        documents = datasets.load_dataset('parquet', split='train', data_files='hf://datasets/Skylion007/openwebtext@'
+        documents = datasets.load_dataset('parquet', split='train', **how['parquet'], data_files='hf://datasets/Skylion007/openwebtext@'
                                           '79d93d786212f7344586290adb811d4ae6a1762c/plain_text/*.parquet')
 except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
     if files:
@@ -58,7 +60,7 @@ if corpus == 'full' and not files and len(documents) != ROWS:
 
 train, val = split_documents(documents, test_size=0.005 if corpus == '10k' and not files else 0.0005)
 write_documents(HERE, lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token, num_workers, **{
-    name: (len(part), (text for rows in part.iter(8) for text in rows['text'])) for name, part in (('train', train), ('val', val))})
+    name: (len(part), (rows['text'] for rows in in_batches(part))) for name, part in (('train', train), ('val', val))})
 
 # corpus=full: train.bin and val.bin have 9,040,017,095 tokens together, as nanoGPT's: 9,035,582,198 and 4,434,897
 # there, and up to some hundreds to and fro between versions of the libraries that shuffle

@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import split_documents, train_bpe, unreadable, whole, write_documents  # noqa: E402
+from common import in_batches, split_documents, train_bpe, unreadable, whole, write_documents  # noqa: E402
 
 input = str(HERE / 'wiki_zh')       # folder with the files AA/wiki_00 … of JSON lines with the fields title and text
 vocab_size = 16384                  # of the tokenizer, at most 65536
@@ -33,10 +33,9 @@ if not {'title', 'text'} <= set(documents.column_names):
 
 
 def articles(part):
-    """The texts, each with its title on top, where wiki_zh_2019 has it already."""
-    for rows in part.iter(8):
-        for title, text in zip(rows['title'], rows['text']):
-            yield text if text.startswith(title) else f'{title}\n\n{text}'
+    """Lists of texts, each with its title on top, where wiki_zh_2019 has it already."""
+    for rows in in_batches(part):
+        yield [text if text.startswith(title) else f'{title}\n\n{text}' for title, text in zip(rows['title'], rows['text'])]
 
 
 train, val = split_documents(documents, test_size=0.005)
