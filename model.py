@@ -251,7 +251,7 @@ class GPT(nn.Module):
             if not isinstance(module, nn.Linear) or module.weight is None:
                 continue
             if pack:
-                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # rows to expect, at most
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # for some 16 rows; fewer and more work too
                 module.forward = partial(packed_linear, weight, module.bias)
                 module.weight = None                                                 # not kept twice
             elif dtype != torch.float32:

@@ -222,7 +222,7 @@ blocks = max(1, len(train_data) // block_size - 1)  # of an epoch: one less than
 def blocks_of_epoch(epoch):
     """Where each block of train.bin begins, (blocks,), in the order of this epoch and at its own offset."""
     random = randomness('epoch', epoch)
-    offset = random.integers(min(block_size, len(train_data) - blocks * block_size))
+    offset = random.integers(len(train_data) - blocks * block_size)  # so that over the epochs every token has its turn
     return offset + block_size * random.permutation(blocks)
 
 

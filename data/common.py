@@ -1,8 +1,10 @@
 """What the prepare.py scripts share: downloads and files that appear whole or not at all, tokenizers, documents and characters."""
+import bz2
 import gzip
 import hashlib
 import http.client
 import json
+import lzma
 import os
 import pickle
 import sys
@@ -16,6 +18,19 @@ import numpy as np
 
 TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
                     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')  # address, SHA-256
+
+
+def last_words(kind, error, trace):
+    """What the file system says becomes one line, and so does Ctrl-C."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted: the data is not complete", file=sys.stderr)
+    elif issubclass(kind, OSError):
+        print(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = last_words
 
 
 @contextmanager
@@ -64,11 +79,14 @@ def gpt2_bpe():
                  "tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR=FOLDER, then bring the folder here and set the same")
 
 
+def check_vocab_size(vocab_size):
+    if not 257 <= vocab_size <= 65536:
+        sys.exit(f"vocab_size must be from 257, the bytes and <|endoftext|>, to 65536, what two bytes a token can count; not {vocab_size}")
+
+
 def train_bpe(texts, vocab_size):
     """A byte-level BPE as GPT-2's, trained on an iterable of texts: every text comes back from its ids as it was. tokenizers.Tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    if not 257 <= vocab_size <= 65536:
-        sys.exit(f"vocab_size must be from 257, the bytes and <|endoftext|>, to 65536, what two bytes a token can count; not {vocab_size}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -85,6 +103,17 @@ def split_documents(documents, test_size):
         return documents, documents.select([])
     split = documents.train_test_split(test_size=test_size, seed=2357, shuffle=True)
     return split['train'], split['test']
+
+
+def check_texts(source, documents, *fields):
+    """Leaves unless every row of a datasets.Dataset has a text, in Unicode, in each of the fields. Raises ValueError where it is not Unicode."""
+    for field in fields:
+        kind = getattr(documents.features.get(field), 'dtype', 'missing')
+        missing = documents.data[field].null_count if kind in ('string', 'large_string') else len(documents)
+        if missing or not len(documents):
+            sys.exit(f"{source}: {len(documents)} documents with the fields {', '.join(documents.column_names)}, but each must have a text "
+                     f"in the field \"{field}\" ({kind}; {missing} have none)")
+        documents.data[field].validate(full=True)
 
 
 def in_batches(documents):
@@ -126,12 +155,11 @@ def write_documents(folder, encode, end, num_workers, **splits):
 
 
 def unreadable(paths, kind):
-    """Where the first row stands that is not JSON, not Unicode or no text: 'FILE, row N (why)', or None if all is well."""
+    """Where the first row stands that is not JSON, not Unicode or no text: 'FILE, row N (why)', or None if all seems well."""
     for path in paths:
-        data = gzip.open(path) if path.endswith('.gz') else open(path, 'rb')
-        row = 0
+        row, opener = 0, {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(Path(path).suffix, open)
         try:
-            with data:
+            with opener(path, 'rb') as data:
                 if kind == 'parquet':
                     import pyarrow.parquet
                     for batch in pyarrow.parquet.ParquetFile(data).iter_batches(64, columns=['text']):
@@ -140,8 +168,10 @@ def unreadable(paths, kind):
                 for row, line in enumerate(data if kind != 'parquet' else [], 1):
                     line = line.decode()
                     (json.loads(line)['text'] if kind == 'json' and line.strip() else line).encode()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{path}, row {row} ({type(error).__name__}: {error})"
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
+            return f"{path}, row {row} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if not row:
+            return f"{path} is empty"
 
 
 def write_bins(folder, **splits):

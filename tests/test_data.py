@@ -123,13 +123,15 @@ def test_large_documents_and_formats(run, house, tmp_path, bpe):
     (tmp_path / 'c').mkdir()
     for i, text in enumerate(texts):
         (tmp_path / 'c' / f'{i}.txt').write_text(text)
-    for files in ('a.parquet', 'b.jsonl.gz', 'c/*.txt'):
+    (tmp_path / 'd [1].jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    for files in ('a.parquet', 'b.jsonl.gz', 'c/*.txt', 'd [1].jsonl', 'd ?1?.jsonl'):
         run('data/openwebtext/prepare.py', f'--files={files}')
         assert all(read(house, 'openwebtext', name).tolist() == want[name] for name in want), files
 
 
 def test_bad_documents(run, house, tmp_path, bpe):
     """One line that names what is wrong, with file and row where it is not Unicode; and mistakes harm no data."""
+    import gzip
     import pyarrow
     import pyarrow.parquet
     (tmp_path / 'good.jsonl').write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
@@ -137,6 +139,8 @@ def test_bad_documents(run, house, tmp_path, bpe):
     before = [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
     for name, text, words in (('two.jsonl', b'{"a": 1}\n{"a": 2}', 'with the fields a'), ('null.jsonl', b'{"text": "a"}\n{"text": null}', 'each must have a text'),
                               ('bad.jsonl', b'{"text": "a"}\n{"text', 'bad.jsonl, row 2'), ('x.csv', b'text', 'must all be .parquet'),
+                              ('numbers.jsonl', b'{"text": 1}\n{"text": 2}', 'each must have a text'), ('empty.jsonl', b'', 'empty'),
+                              ('a.txt.jsonl', b'{"a": 1}', 'with the fields a'), ('cut.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 99)[:-9], 'cut.jsonl.gz'),
                               ('lone.jsonl', b'{"text": "a"}\n{"text": "\\ud800"}', 'lone.jsonl, row 2'),
                               ('latin.jsonl', b'{"text": "a"}\n\n{"text": "caf\xe9"}', 'latin.jsonl, row 3'), ('latin.txt', b'a\nb\ncaf\xe9', 'latin.txt, row 3')):
         (tmp_path / name).write_bytes(text)
@@ -216,16 +220,17 @@ def test_custom(run, house, tmp_path, bpe):
     assert not (house / 'data' / 'mytext' / 'tokenizer.json').exists()
 
     (tmp_path / 'more').mkdir()
-    for name, part in (('1.txt', text), ('2.txt', 'short'), ('3.txt', '')):
+    for name, part in (('1 [x].txt', text), ('2.txt', 'short'), ('3.txt', '')):
         (tmp_path / 'more' / name).write_text(part)
     run('data/custom/prepare.py', '--input=more', '--tokenizer=gpt2', '--name=mytext')  # a folder: every text is ended
     both = np.concatenate([read(house, 'mytext', split) for split in ('train', 'val')])
     assert bpe.decode(both.tolist()) == text[:int(0.9 * (len(text) + 5))] + '<|endoftext|>' + text[int(0.9 * (len(text) + 5)):] + '<|endoftext|>short<|endoftext|>'
     (tmp_path / 'gbk.txt').write_bytes('明月\n故乡'.encode('gb18030'))
     for arguments, words in ((['--input=gbk.txt'], 'gbk.txt, row 1: not UTF-8'), ([], 'which text?'), (['--input=none.txt'], 'no such text'), (['--input=more/3.txt'], 'empty'),
-                             (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'), (['--input=book.txt', '--name=../x'], 'without a path'),
+                             (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'), (['--input=book.txt', '--name=../x'], 'without a path'), (['--input=book.txt', '--name=..'], 'without a path'),
                              (['--input=book.txt', '--tokenizer=word'], 'none of char, gpt2, bpe'), (['--input=book.txt', '--tokenizer=bpe', '--vocab_size=70000', '--name=mytext'], 'vocab_size must be')):
         assert words in run('data/custom/prepare.py', *arguments, status=1)
+    assert both.tolist() == [i for split in ('train', 'val') for i in read(house, 'mytext', split).tolist()]
 
 
 def test_wiki_zh(run, house, tmp_path):

@@ -205,7 +205,7 @@ def test_every_block_once_an_epoch(run, house, tmp_path):
     blocks = 1000 // 16 - 1
     epochs = [starts[i:i + blocks] for i in range(0, 3 * blocks, blocks)]
     for epoch in epochs:
-        assert sorted(epoch) == list(range(min(epoch), min(epoch) + blocks * 16, 16)) and epoch != sorted(epoch) and min(epoch) < 16
+        assert sorted(epoch) == list(range(min(epoch), min(epoch) + blocks * 16, 16)) and epoch != sorted(epoch) and min(epoch) < 1000 - blocks * 16
     assert len({min(epoch) for epoch in epochs}) > 1
     both = {**draws('--max_iters=7', '--out_dir=b'), **draws('--max_iters=16', '--out_dir=b', '--init_from=resume')}
     assert both == whole

@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import gpt2_bpe, train_bpe, whole, write_characters, write_documents  # noqa: E402
+from common import check_vocab_size, gpt2_bpe, train_bpe, whole, write_characters, write_documents  # noqa: E402
 
 input = ''                          # a text file in UTF-8, a folder of .txt files, or a glob
 name = 'custom'                     # folder below data/ to write to
@@ -21,12 +21,13 @@ num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 
 folder = HERE.parent / name
-paths = sorted(path for path in glob.glob(f'{glob.escape(input)}/**/*.txt' if os.path.isdir(input) else input, recursive=True) if os.path.isfile(path))
+pattern = f'{glob.escape(input)}/**/*.txt' if os.path.isdir(input) else input
+paths = sorted({path for path in [input, *glob.glob(pattern, recursive=True)] if os.path.isfile(path)})
 for wrong, why in ((not input, "which text? --input=FILE, a folder or a glob"),
                    (not paths, f"--input={input}: no such text"),
                    (tokenizer not in ('char', 'gpt2', 'bpe'), f"tokenizer {tokenizer!r} is none of char, gpt2, bpe"),
                    (num_workers < 1, f"num_workers must be at least 1, not {num_workers}"),
-                   (not name or Path(name).name != name, f"name {name!r} must be the name of a folder, without a path"),
+                   (name in ('', '..') or Path(name).name != name, f"name {name!r} must be the name of a folder, without a path"),
                    (name != 'custom' and (folder / 'prepare.py').exists(), f"data/{name} is a data set of its own: choose another --name")):
     if wrong:
         sys.exit(why)
@@ -50,6 +51,9 @@ for text in texts:
     val += [text[max(cut, 0):]] if cut < len(text) else []
     cut -= len(text)
 
+bpe = gpt2_bpe() if tokenizer == 'gpt2' else None
+if tokenizer == 'bpe':
+    check_vocab_size(vocab_size)
 folder.mkdir(exist_ok=True)
 for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):
     (folder / stale).unlink(missing_ok=True)
@@ -57,7 +61,6 @@ if tokenizer == 'char':
     write_characters(folder, '\n'.join(train), '\n'.join(val))
 else:
     if tokenizer == 'gpt2':
-        bpe = gpt2_bpe()
         encode, end = lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token
     else:
         bpe = train_bpe(train, vocab_size)

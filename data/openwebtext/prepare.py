@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import gpt2_bpe, in_batches, split_documents, unreadable, write_documents  # noqa: E402
+from common import check_texts, gpt2_bpe, in_batches, split_documents, unreadable, write_documents  # noqa: E402
 
 corpus = '10k'                      # 10k or full
 files = ''                          # instead: a glob of .parquet or .jsonl files with a field "text", or of .txt files, one document each; .gz, .zst … are fine
@@ -30,31 +30,28 @@ ROWS = 8_013_769  # of the whole corpus: older copies on the hub hold a tenth of
 
 bpe = gpt2_bpe()
 how = {'text': {'sample_by': 'document'}, 'parquet': {'fragment_scan_options': ParquetFragmentScanOptions(pre_buffer=False)}}  # no whole file in memory
-paths, kind = sorted(glob.glob(files, recursive=True)), 'parquet'
+paths, kind = sorted({path for path in [files, *glob.glob(files, recursive=True)] if os.path.isfile(path)}), 'parquet'
 if files:
-    kinds = {next((KINDS[suffix] for suffix in Path(path).suffixes[-2:] if suffix in KINDS), None) for path in paths}
+    kinds = {next((KINDS[suffix] for suffix in reversed(Path(path.lower()).suffixes[-2:]) if suffix in KINDS), None) for path in paths}
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is None:
         sys.exit(f"--files={files}: " + ("the files must all be .parquet, all .jsonl or all .txt" if paths else "no such files"))
 try:
     if files:
-        documents = datasets.load_dataset(kind, data_files=paths, split='train', **how.get(kind, {}))
-        if 'text' in documents.column_names:
-            documents.data['text'].validate(full=True)  # that it is Unicode, before any older data goes
+        documents = datasets.load_dataset(kind, data_files=[glob.escape(path) for path in paths], split='train', **how.get(kind, {}))
+        check_texts(f"--files={files}", documents, 'text')  # before any older data goes
     elif corpus == '10k':  # main holds a loading script, which datasets 4 and later refuse; the hub's own parquet copy does not
         documents = datasets.load_dataset('stas/openwebtext-10k', revision='refs/convert/parquet', split='train')
     else:
         documents = datasets.load_dataset('parquet', split='train', **how['parquet'], data_files='hf://datasets/Skylion007/openwebtext@'
                                           '79d93d786212f7344586290adb811d4ae6a1762c/plain_text/*.parquet')
-except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+except (OSError, ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file
     if files:
-        sys.exit(f"--files={files}: cannot be read as {kind}: {unreadable(paths, kind) or error.__cause__ or error}")
+        sys.exit(f"--files={files}: cannot be read as {kind}: {unreadable(paths, kind) or ' '.join(str(error.__cause__ or error).split())}")
     name, where = {'10k': ('stas/openwebtext-10k', "plain_text/train/0000.parquet of its branch refs/convert/parquet"),
                    'full': ('Skylion007/openwebtext', "the 80 files plain_text/*.parquet, revision 79d93d786212")}[corpus]
     sys.exit(f"cannot download https://huggingface.co/datasets/{name} ({type(error).__name__}): fetch {where} "
              "where there is a network, then run this with --files=\"FOLDER/*.parquet\"")
-if 'text' not in documents.column_names or len(documents) == 0 or documents.data['text'].null_count:
-    sys.exit(f"--files={files}: {len(documents)} documents with the fields {', '.join(documents.column_names)}, but each must have a text in the field \"text\"")
 if corpus == 'full' and not files and len(documents) != ROWS:
     sys.exit(f"OpenWebText came with {len(documents):,} documents instead of {ROWS:,}: delete it from the cache of datasets and fetch it again")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import in_batches, split_documents, train_bpe, unreadable, whole, write_documents  # noqa: E402
+from common import check_texts, check_vocab_size, in_batches, split_documents, train_bpe, unreadable, whole, write_documents  # noqa: E402
 
 input = str(HERE / 'wiki_zh')       # folder with the files AA/wiki_00 … of JSON lines with the fields title and text
 vocab_size = 16384                  # of the tokenizer, at most 65536
@@ -24,12 +24,12 @@ import datasets  # noqa: E402
 paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
 if not paths or num_workers < 1:
     sys.exit(f"num_workers must be at least 1, not {num_workers}" if paths else f"no {input}/AA/wiki_00 …: unpack wiki_zh_2019.zip there, see {HERE / 'readme.md'}, or name its folder with --input")
+check_vocab_size(vocab_size)
 try:
-    documents = datasets.load_dataset('json', data_files=paths, split='train')
-except (ValueError, datasets.exceptions.DatasetsError) as error:
-    sys.exit(f"{input}: {unreadable(paths, 'json') or error.__cause__ or error}")
-if not {'title', 'text'} <= set(documents.column_names):
-    sys.exit(f"{paths[0]} has the fields {', '.join(documents.column_names)}, but it takes title and text")
+    documents = datasets.load_dataset('json', data_files=[glob.escape(path) for path in paths], split='train')
+    check_texts(input, documents, 'title', 'text')
+except (ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file
+    sys.exit(f"{input}: {unreadable(paths, 'json') or ' '.join(str(error.__cause__ or error).split())}")
 
 
 def articles(part):
