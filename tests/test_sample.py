@@ -51,15 +51,14 @@ def test_sample_i_is_its_own(run, trained):
         run, trained, '--num_samples=1', '--max_new_tokens=40', '--temperature=0')
 
 
-def test_memory_splits_the_batch(house, trained):
+def test_memory_splits_the_batch(run, house, trained):
     """Where memory is short the samples come in several batches, and are the same."""
     source = (house / 'sample.py').read_text(encoding='utf-8')
     short = source.replace('memory // 2 //', '120_000 //')  # room for the caches of 4 samples
     assert short != source
     (house / 'short.py').write_text(short, encoding='utf-8')
     for how in (['--num_samples=9'], ['--num_samples=9', '--stream=True'], ['--num_samples=9', '--stop=the'], ['--num_samples=1']):
-        texts = [subprocess.run([sys.executable, str(house / script), '--device=cpu', '--max_new_tokens=30', *how], cwd=trained, check=True, capture_output=True,
-                                text=True) for script in ('sample.py', 'short.py')]
+        texts = [run(script, '--device=cpu', '--max_new_tokens=30', *how, cwd=trained) for script in ('sample.py', 'short.py')]
         assert texts[0].stdout == texts[1].stdout and texts[0].stdout.count(END) == int(how[0].split('=')[1])
         assert f"prefill {3 if '9' in how[0] else 1} tokens in" in texts[1].stderr
 
