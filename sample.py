@@ -70,14 +70,13 @@ try:
     if tokenizer is None or tokenizer.size > model.config.vocab_size:
         sys.exit(f"the model has {model.config.vocab_size} tokens, but which? Put the meta.pkl or tokenizer.json of its data set into {folder}")
     if start.startswith('FILE:'):
-        path = Path(start.removeprefix('FILE:'))
-        start = path.read_text(encoding='utf-8')
+        start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
     elif start == '-':
         start = sys.stdin.read()
     start = start.encode(errors='replace').decode()                                  # bytes of the command line that are no UTF-8
     prompt = tokenizer.encode(start) or [tokenizer.start]
 except UnicodeDecodeError as error:
-    sys.exit(f"{path if 'path' in globals() else 'standard input'}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
+    sys.exit(f"--start={start}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
 except (ValueError, OSError) as error:
     sys.exit(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
 
@@ -125,7 +124,8 @@ def text_of(ids, last):
         return start + text.partition(stop)[0], True
     if not last:
         text = text.rstrip('\ufffd')
-        text = text[:max(0, len(text) - len(stop or '') + 1)] if stop else text
+        if stop:
+            text = text[:max(0, len(text) - len(stop) + 1)]
     return start + text, last
 
 

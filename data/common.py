@@ -70,13 +70,14 @@ def check(body, sha256, source):
 
 
 def gpt2_bpe():
-    """GPT-2's tokenizer; tiktoken downloads its two files on first use."""
+    """GPT-2's encoding as encode(text) -> ids, and its <|endoftext|>; tiktoken downloads its two files on first use."""
     import tiktoken
     try:
-        return tiktoken.get_encoding('gpt2')
+        bpe = tiktoken.get_encoding('gpt2')
     except OSError as error:
         sys.exit(f"cannot download GPT-2's BPE files ({type(error).__name__}): where there is a network run python -c \"import tiktoken; "
                  "tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR=FOLDER, then bring the folder here and set the same")
+    return lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token
 
 
 def check_vocab_size(vocab_size):
@@ -84,8 +85,11 @@ def check_vocab_size(vocab_size):
         sys.exit(f"vocab_size must be from 257, the bytes and <|endoftext|>, to 65536, what two bytes a token can count; not {vocab_size}")
 
 
-def train_bpe(texts, vocab_size):
-    """A byte-level BPE as GPT-2's, trained on an iterable of texts: every text comes back from its ids as it was. tokenizers.Tokenizer."""
+def train_bpe(texts, vocab_size, path):
+    """
+    A byte-level BPE as GPT-2's, trained on an iterable of texts and saved at path: every text comes back from its ids as it was.
+    Returns encode(text) -> ids and the id of <|endoftext|>.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +97,9 @@ def train_bpe(texts, vocab_size):
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=['<|endoftext|>'],
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.encode_special_tokens = True  # in a text <|endoftext|> is thirteen characters like others
-    return bpe
+    with whole(path) as f:
+        f.write(bpe.to_str().encode())
+    return lambda text: bpe.encode(text).ids, bpe.token_to_id('<|endoftext|>')
 
 
 def split_documents(documents, test_size):
@@ -154,8 +160,8 @@ def write_documents(folder, encode, end, num_workers, **splits):
             print(f"{name}.bin has {tokens:,} tokens in {count:,} documents" + (f", {tokens / characters:.3f} tokens a character" if characters else ''))
 
 
-def unreadable(paths, kind):
-    """Where the first row stands that is not JSON, not Unicode or no text: 'FILE, row N (why)', or None if all seems well."""
+def unreadable(paths, kind, error):
+    """Where the first row stands that is not JSON, not Unicode or no text: 'FILE, row N (why)'; if all seems well, what `error` of datasets says."""
     for path in paths:
         row, opener = 0, {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(Path(path).suffix, open)
         try:
@@ -168,10 +174,11 @@ def unreadable(paths, kind):
                 for row, line in enumerate(data if kind != 'parquet' else [], 1):
                     line = line.decode()
                     (json.loads(line)['text'] if kind == 'json' and line.strip() else line).encode()
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
-            return f"{path}, row {row} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as found:
+            return f"{path}, row {row} ({type(found).__name__}: {' '.join(str(found).split())[:200]})"
         if not row:
             return f"{path} is empty"
+    return ' '.join(str(error.__cause__ or error).split())
 
 
 def write_bins(folder, **splits):

@@ -2,6 +2,8 @@
 import json
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -158,11 +160,31 @@ def test_whole_openwebtext_out_of_reach(run, house, bpe):
     assert 'cannot download https://huggingface.co/datasets/Skylion007/openwebtext' in words and '--files=' in words
 
 
+def test_documents_in_flight(tmp_path):
+    """Whatever the corpus, no more lists of texts are held than keep the threads busy."""
+    from common import write_documents
+    pulled, encoded, ahead, lock = 0, 0, [], threading.Lock()
+
+    def lists():
+        nonlocal pulled
+        for i in range(300):
+            pulled += 1
+            ahead.append(pulled - encoded)
+            yield [str(i)]
+
+    def encode(text):
+        nonlocal encoded
+        with lock:
+            encoded += 1
+        return [int(text)]
+    write_documents(tmp_path, encode, 999, 2, train=(300, lists()))
+    assert max(ahead) <= 5
+    assert np.fromfile(tmp_path / 'train.bin', '<u2').tolist() == [i for n in range(300) for i in (n, 999)]
+
+
 def test_killed_prepare(house, tmp_path, bpe, request):
     """Whenever prepare.py is killed, every .bin under its name is whole, and a new val.bin never has an old train.bin beside it."""
     import random
-    import subprocess
-    import sys
     import time
     corpora = []
     for n in (0, 1):
@@ -229,6 +251,8 @@ def test_custom(run, house, tmp_path, bpe):
                              (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'), (['--input=book.txt', '--name=../x'], 'without a path'), (['--input=book.txt', '--name=..'], 'without a path'),
                              (['--input=book.txt', '--tokenizer=word'], 'none of char, gpt2, bpe'), (['--input=book.txt', '--tokenizer=bpe', '--vocab_size=70000', '--name=mytext'], 'vocab_size must be')):
         assert words in run('data/custom/prepare.py', *arguments, status=1)
+    taken = subprocess.run([sys.executable, str(house / 'data' / 'custom' / 'prepare.py'), '--input=book.txt', '--name=common.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert taken.returncode == 1 and taken.stderr == f"{house / 'data' / 'common.py'}: File exists\n"  # what the file system says is a line
     assert both.tolist() == [i for split in ('train', 'val') for i in read(house, 'mytext', split).tolist()]
 
 

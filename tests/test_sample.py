@@ -83,6 +83,8 @@ def test_stop(run, trained):
     for how in ('False', 'True'):
         assert sample(run, trained, '--num_samples=4', '--max_new_tokens=60', '--stop=the', f'--stream={how}') == want
     assert sample(run, trained, '--num_samples=4', '--max_new_tokens=60', '--stop=<|endoftext|>', '--stream=True') == plain
+    done = run('sample.py', '--device=cpu', '--num_samples=4', '--max_new_tokens=2000', '--stop=the', cwd=trained)  # and all stops when all have ended
+    assert int(re.search(r'decode (\d+) tokens', done.stderr)[1]) < 4 * 1000
 
 
 def test_prompts(run, trained, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import check_vocab_size, gpt2_bpe, train_bpe, whole, write_characters, write_documents  # noqa: E402
+from common import check_vocab_size, gpt2_bpe, train_bpe, write_characters, write_documents  # noqa: E402
 
 input = ''                          # a text file in UTF-8, a folder of .txt files, or a glob
 name = 'custom'                     # folder below data/ to write to
@@ -51,8 +51,9 @@ for text in texts:
     val += [text[max(cut, 0):]] if cut < len(text) else []
     cut -= len(text)
 
-bpe = gpt2_bpe() if tokenizer == 'gpt2' else None
-if tokenizer == 'bpe':
+if tokenizer == 'gpt2':
+    encode, end = gpt2_bpe()
+elif tokenizer == 'bpe':
     check_vocab_size(vocab_size)
 folder.mkdir(exist_ok=True)
 for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):
@@ -60,12 +61,7 @@ for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):
 if tokenizer == 'char':
     write_characters(folder, '\n'.join(train), '\n'.join(val))
 else:
-    if tokenizer == 'gpt2':
-        encode, end = lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token
-    else:
-        bpe = train_bpe(train, vocab_size)
-        with whole(folder / 'tokenizer.json') as f:
-            f.write(bpe.to_str().encode())
-        encode, end = lambda text: bpe.encode(text).ids, bpe.token_to_id('<|endoftext|>')
+    if tokenizer == 'bpe':
+        encode, end = train_bpe(train, vocab_size, folder / 'tokenizer.json')
     write_documents(folder, encode, end, num_workers, train=(len(train), [[text] for text in train]), val=(len(val), [[text] for text in val]))
 print(f"train on it with --dataset={name}")

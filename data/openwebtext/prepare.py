@@ -19,8 +19,10 @@ files = ''                          # instead: a glob of .parquet or .jsonl file
 num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 
-if corpus not in ('10k', 'full') or num_workers < 1:
-    sys.exit(f"corpus {corpus!r} is neither 10k nor full" if num_workers > 0 else f"num_workers must be at least 1, not {num_workers}")
+if corpus not in ('10k', 'full'):
+    sys.exit(f"corpus {corpus!r} is neither 10k nor full")
+if num_workers < 1:
+    sys.exit(f"num_workers must be at least 1, not {num_workers}")
 
 import datasets  # noqa: E402
 from pyarrow.dataset import ParquetFragmentScanOptions  # noqa: E402
@@ -28,7 +30,7 @@ from pyarrow.dataset import ParquetFragmentScanOptions  # noqa: E402
 KINDS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text'}
 ROWS = 8_013_769  # of the whole corpus: older copies on the hub hold a tenth of it and do not say so
 
-bpe = gpt2_bpe()
+encode, end = gpt2_bpe()
 how = {'text': {'sample_by': 'document'}, 'parquet': {'fragment_scan_options': ParquetFragmentScanOptions(pre_buffer=False)}}  # no whole file in memory
 paths, kind = sorted({path for path in [files, *glob.glob(files, recursive=True)] if os.path.isfile(path)}), 'parquet'
 if files:
@@ -47,7 +49,7 @@ try:
                                           '79d93d786212f7344586290adb811d4ae6a1762c/plain_text/*.parquet')
 except (OSError, ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file
     if files:
-        sys.exit(f"--files={files}: cannot be read as {kind}: {unreadable(paths, kind) or ' '.join(str(error.__cause__ or error).split())}")
+        sys.exit(f"--files={files}: cannot be read as {kind}: {unreadable(paths, kind, error)}")
     name, where = {'10k': ('stas/openwebtext-10k', "plain_text/train/0000.parquet of its branch refs/convert/parquet"),
                    'full': ('Skylion007/openwebtext', "the 80 files plain_text/*.parquet, revision 79d93d786212")}[corpus]
     sys.exit(f"cannot download https://huggingface.co/datasets/{name} ({type(error).__name__}): fetch {where} "
@@ -56,7 +58,7 @@ if corpus == 'full' and not files and len(documents) != ROWS:
     sys.exit(f"OpenWebText came with {len(documents):,} documents instead of {ROWS:,}: delete it from the cache of datasets and fetch it again")
 
 train, val = split_documents(documents, test_size=0.005 if corpus == '10k' and not files else 0.0005)
-write_documents(HERE, lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token, num_workers, **{
+write_documents(HERE, encode, end, num_workers, **{
     name: (len(part), (rows['text'] for rows in in_batches(part))) for name, part in (('train', train), ('val', val))})
 
 # corpus=full: train.bin and val.bin have 9,040,017,095 tokens together, as nanoGPT's: 9,035,582,198 and 4,434,897

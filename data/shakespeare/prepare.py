@@ -14,8 +14,8 @@ exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 
 text = download(*TINY_SHAKESPEARE, HERE / 'input.txt').decode()
 cut = int(len(text) * 0.9)
-bpe = gpt2_bpe()
-write_bins(HERE, train=bpe.encode_ordinary(text[:cut]), val=bpe.encode_ordinary(text[cut:]))
+encode, _ = gpt2_bpe()
+write_bins(HERE, train=encode(text[:cut]), val=encode(text[cut:]))
 
 # train.bin has 301,966 tokens
 # val.bin has 36,059 tokens

@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import check_texts, check_vocab_size, in_batches, split_documents, train_bpe, unreadable, whole, write_documents  # noqa: E402
+from common import check_texts, check_vocab_size, in_batches, split_documents, train_bpe, unreadable, write_documents  # noqa: E402
 
 input = str(HERE / 'wiki_zh')       # folder with the files AA/wiki_00 … of JSON lines with the fields title and text
 vocab_size = 16384                  # of the tokenizer, at most 65536
@@ -29,7 +29,7 @@ try:
     documents = datasets.load_dataset('json', data_files=[glob.escape(path) for path in paths], split='train')
     check_texts(input, documents, 'title', 'text')
 except (ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file
-    sys.exit(f"{input}: {unreadable(paths, 'json') or ' '.join(str(error.__cause__ or error).split())}")
+    sys.exit(f"{input}: {unreadable(paths, 'json', error)}")
 
 
 def articles(part):
@@ -42,8 +42,5 @@ train, val = split_documents(documents, test_size=0.005)
 # Chinese runs on without spaces, so whole clauses count as words and the trainer's memory grows with the text: 50,000 articles tell enough
 sample = train.select(range(0, len(train), len(train) // 50_000 + 1))
 (HERE / 'train.bin').unlink(missing_ok=True)
-bpe = train_bpe(articles(sample), vocab_size)
-with whole(HERE / 'tokenizer.json') as f:
-    f.write(bpe.to_str().encode())
-write_documents(HERE, lambda text: bpe.encode(text).ids, bpe.token_to_id('<|endoftext|>'), num_workers,
-                train=(len(train), articles(train)), val=(len(val), articles(val)))
+encode, end = train_bpe(articles(sample), vocab_size, HERE / 'tokenizer.json')
+write_documents(HERE, encode, end, num_workers, train=(len(train), articles(train)), val=(len(val), articles(val)))
