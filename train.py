@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -27,6 +28,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from model import GPT, GPTConfig, Tokenizer, choose_device, compile_method, peak_flops_of, read_checkpoint, read_tokenizer
 
@@ -49,7 +55,7 @@ wandb_log = False                       # report to Weights & Biases too
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'openwebtext'                 # a folder of data/
+dataset: str | None = 'openwebtext'     # a folder of data/; None: random tokens, to time the loop: nothing is evaluated or kept, and the last line is JSON
 sampler = 'random'                      # windows at random places, or epoch: every block of tokens once an epoch, in random order
 gradient_accumulation_steps = 5 * 8     # micro-batches per iteration, over all processes together
 batch_size = 12                         # sequences per micro-batch
@@ -60,7 +66,8 @@ n_head = 12
 n_embd = 768
 dropout = 0.0                           # 0 for pretraining; for fine-tuning and small data try 0.1 and up
 bias = False                            # biases in the linear layers and norms
-# AdamW
+# optimizer
+optimizer = 'adamw'                     # adamw, or muon for the matrices of the blocks and adamw for the rest
 learning_rate = 6e-4                    # the highest
 max_iters = 600000                      # the run takes exactly this many iterations
 weight_decay = 1e-1
@@ -69,8 +76,9 @@ beta2 = 0.95
 grad_clip = 1.0                         # largest norm of the gradient, 0 for no limit
 # learning rate schedule
 decay_lr = True                         # False: learning_rate throughout
+lr_schedule = 'cosine'                  # cosine, linear, or wsd: at learning_rate until the last fifth, which is linear
 warmup_iters = 2000                     # iterations of linear warm-up
-lr_decay_iters = 600000                 # where the cosine arrives at min_lr, usually max_iters
+lr_decay_iters = 600000                 # where the learning rate arrives at min_lr, usually max_iters
 min_lr = 6e-5                           # usually learning_rate / 10
 # the machine; None: what is there
 backend: str | None = None              # of torch.distributed: nccl or gloo
@@ -79,6 +87,8 @@ device: str | None = None               # cpu, cuda, cuda:1, mps
 dtype: str | None = None                # float32, bfloat16, or float16, which scales its gradients
 compile: bool | None = None             # torch.compile; by itself on CUDA only
 peak_flops: float | None = None         # FLOP/s that mfu is measured against
+activation_checkpointing = False        # keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time
+profile = False                         # print the ten costliest operations of one iteration, and write out_dir/trace.json for chrome://tracing
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 # The machine: which process of how many this is, on which device, in which precision
@@ -150,8 +160,11 @@ for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulatio
 for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip', 'checkpoint_interval'):
     if config[key] < 0:
         fail(f"{key} must not be negative, but is {config[key]}")
-if sampler not in ('random', 'epoch'):
-    fail(f"sampler {sampler!r} is neither random nor epoch")
+for key, words in (('sampler', ('random', 'epoch')), ('optimizer', ('adamw', 'muon')), ('lr_schedule', ('cosine', 'linear', 'wsd'))):
+    if config[key] not in words:
+        fail(f"{key} {config[key]!r} is none of {', '.join(words)}")
+if dataset is None and (eval_only or init_from in ('resume', 'auto') or max_iters < 1):
+    fail("dataset=None times the training of a new model or of GPT-2, for at least one iteration")
 if gradient_accumulation_steps % world_size:
     fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size {world_size}: "
          f"the processes share them; try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}")
@@ -190,7 +203,7 @@ def randomness(stream, iteration, micro_step=0):
 # -----------------------------------------------------------------------------
 # Data
 
-data_dir = ROOT / 'data' / dataset
+data_dir = ROOT / 'data' / (dataset or '')
 prepare = data_dir / 'prepare.py'
 if prepare.is_relative_to(Path.cwd()):
     prepare = prepare.relative_to(Path.cwd())
@@ -207,7 +220,10 @@ def open_bin(path):
     return np.asarray(np.memmap(path, dtype='<u2', mode='r')) if path.stat().st_size else np.zeros(0, '<u2')
 
 
-train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
+if dataset is None:
+    train_data = val_data = randomness('train', 0).integers(50257, size=2 ** 20, dtype='<u2')
+else:
+    train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
 
 
 def foreign_id(name, tokens):
@@ -249,7 +265,8 @@ def get_batch(stream, iteration, micro_step):
 
 ckpt_path, last_path, metrics_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl'))
 iter_num, best_val_loss, wandb_id, checkpoint, source = 0, math.inf, None, None, None
-if master and not eval_only:
+keeps = dataset is not None and not eval_only  # whether this run leaves files
+if master and keeps:
     with writing(out_dir):
         os.makedirs(out_dir, exist_ok=True)
         if os.name == 'posix':
@@ -285,8 +302,8 @@ try:
         model = GPT.from_pretrained(init_from, dropout=dropout)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
-    model.to(device)
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    model.to(device).activation_checkpointing = activation_checkpointing
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)  # no longer its name
     if checkpoint:  # moments from the checkpoint; learning rate, decay and betas from the command line
         groups = optimizer.state_dict()['param_groups']
         same = [len(group['params']) for group in groups] == [len(group['params']) for group in checkpoint['optimizer']['param_groups']]
@@ -296,7 +313,7 @@ try:
             wpe.update({key: m[:block_size].clone() for key, m in wpe.items() if m.dim()})  # cropped with it
             same = all(m.shape == p.shape for p, moments in optimizer.state.items() for m in moments.values() if m.dim())
         if not same:  # nanoGPT sorted its parameters otherwise before 2023
-            raise ValueError(f"the optimizer state in {source} is laid out for another list of parameters")
+            raise ValueError(f"the optimizer state in {source} is laid out for another list of parameters, or for another --optimizer than {config['optimizer']}")
         scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
 except ValueError as error:
     fail(error)
@@ -329,7 +346,7 @@ if master:
         if key in config and config[key] != old and key != 'init_from':
             print(f"{key} was {old!r} in the checkpoint, is {config[key]!r} now")
 
-    if found and not checkpoint and not eval_only:
+    if found and not checkpoint and keeps:
         print(f"{' and '.join(found)} of an earlier run will be overwritten")
 checkpoint = None  # frees its memory
 
@@ -378,7 +395,7 @@ def estimate_loss():
 
 
 def get_lr(it):
-    """Linear warm-up, then half a cosine down to min_lr (Loshchilov & Hutter 2017)."""
+    """Linear warm-up, then down to min_lr: half a cosine (Loshchilov & Hutter 2017), a line, or a level and a line (Hu et al. 2024, MiniCPM)."""
     if not decay_lr:
         return learning_rate
     if it < warmup_iters:
@@ -386,7 +403,8 @@ def get_lr(it):
     if it >= lr_decay_iters:
         return min_lr
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    height = {'cosine': 0.5 * (1 + math.cos(math.pi * progress)), 'linear': 1 - progress, 'wsd': min(1, 5 * (1 - progress))}[lr_schedule]
+    return min_lr + height * (learning_rate - min_lr)
 
 
 def open_metrics():
@@ -488,6 +506,8 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 batch = None                                          # the next one, read ahead
 loss_sum = torch.zeros((), device=device)             # of this rank's micro-batches of one iteration
 first_bad = torch.full((), math.inf, device=device)   # the first iteration with a loss or gradient that is not finite
+profiled = max(iter_num, min(iter_num + 10, max_iters - 1))  # the iteration that `profile` looks into: warm by then
+timings = []                                          # seconds per iteration, one for each log line
 clock, iterations = time.perf_counter(), 0            # since the last log line; evaluations and checkpoints stop the clock
 start_iter, ballot, metrics = iter_num, None, None
 saved_at = iter_num if source == ckpt_path else None  # the iteration of the newest checkpoint of this run
@@ -496,7 +516,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
 model.train()
 while True:
     if vote():
-        moved = not eval_only and iter_num > start_iter
+        moved = keeps and iter_num > start_iter
         if moved and saved_at != iter_num:
             save_checkpoint(ckpt_path if always_save_checkpoint else last_path)
         if master:
@@ -504,8 +524,8 @@ while True:
                                                                       else "nothing has changed, nothing is saved"))
         break
 
-    at_evaluation = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
-    if at_evaluation or (checkpoint_interval and iter_num % checkpoint_interval == 0):
+    at_evaluation = eval_only or keeps and (iter_num % eval_interval == 0 or iter_num >= max_iters)
+    if at_evaluation or (keeps and checkpoint_interval and iter_num % checkpoint_interval == 0):
         if device_type == 'cuda':
             torch.cuda.synchronize()
         paused = time.perf_counter()
@@ -518,10 +538,10 @@ while True:
             improved = val_loss < best_val_loss
             if master:
                 print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-            if not eval_only and not math.isfinite(train_loss + val_loss):
+            if keeps and not math.isfinite(train_loss + val_loss):
                 stop_if_not_finite()
                 fail(f"iteration {iter_num}: the evaluated loss is not finite. Resume from the last checkpoint with a lower --learning_rate")
-        if not eval_only:
+        if keeps:
             best_val_loss = min(best_val_loss, val_loss) if improved else best_val_loss
             if master and at_evaluation:
                 record(**{'iter': iter_num, 'train/loss': train_loss, 'val/loss': val_loss, 'lr': get_lr(iter_num), 'tokens': iter_num * tokens_per_iter})
@@ -532,6 +552,10 @@ while True:
     if eval_only or iter_num >= max_iters:
         break
 
+    profiler = None
+    if profile and master and iter_num == profiled:
+        profiler = torch.profiler.profile()
+        profiler.start()
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
@@ -567,17 +591,40 @@ while True:
         tokens_per_second = tokens_per_iter / seconds
         mfu = model.estimate_mfu(tokens_per_second / world_size, peak)
         norm = grad_norm.item()
+        timings.append(seconds)
         if master:
             print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
                   f"{tokens_per_second:,.0f} tok/s")
-            record(iter=iter_num, loss=train_loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, ms=seconds * 1000, tokens_per_second=tokens_per_second,
-                   mfu=mfu, tokens=(iter_num + 1) * tokens_per_iter)
+            if keeps:
+                record(iter=iter_num, loss=train_loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, ms=seconds * 1000,
+                       tokens_per_second=tokens_per_second, mfu=mfu, tokens=(iter_num + 1) * tokens_per_iter)
         clock, iterations = time.perf_counter(), 0
+    if profiler:
+        paused = time.perf_counter()
+        profiler.stop()
+        print(profiler.key_averages().table(sort_by=f"self_{'cpu' if device_type == 'cpu' else 'device'}_time_total", row_limit=10, max_name_column_width=50))
+        trace = os.path.join(out_dir, 'trace.json')
+        with writing(trace):
+            os.makedirs(out_dir, exist_ok=True)
+            profiler.export_chrome_trace(trace)
+        print(f"the whole of iteration {iter_num} is in {trace}: open it with chrome://tracing or ui.perfetto.dev")
+        clock += time.perf_counter() - paused
     loss_sum.zero_()
     iter_num += 1
 
 if wandb_log and master:
     run.finish()
+if dataset is None and master and timings:
+    timings = timings[len(timings) // 4:]  # the first quarter warms up
+    median = statistics.median(timings)
+    peak_memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
+                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) if resource else None)
+    print(json.dumps({
+        'device': torch.cuda.get_device_name() if device_type == 'cuda' else f'{device}, {torch.get_num_threads()} threads', 'torch': torch.__version__,
+        'ms': {'median': median * 1000, 'min': min(timings) * 1000, 'max': max(timings) * 1000}, 'tokens_per_second': tokens_per_iter / median,
+        'mfu': model.estimate_mfu(tokens_per_iter / median / world_size, peak), 'peak_memory_gb': peak_memory and peak_memory / 1e9,
+        'settings': {'dtype': dtype, 'compile': compile, 'processes': world_size, **{key: config[key] for key in (
+            'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dropout', 'batch_size', 'gradient_accumulation_steps', 'optimizer', 'activation_checkpointing')}}}))
 if distributed:
     if ballot:
         ballot[0].wait()

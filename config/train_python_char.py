@@ -1,22 +1,23 @@
 # The first run of the README: Python's standard library by characters, minutes on two CPU cores.
-# Many small steps beat few large ones here: for the same time, 12 x 128 characters a step end at a loss higher by 0.18.
+# Muon and a learning rate that falls in a straight line to zero; with AdamW at its best the same minutes end at a loss higher by 0.2.
 out_dir = 'out-python-char'
-eval_interval = 600
+eval_interval = 500
 eval_iters = 50
 log_interval = 50
 
 dataset = 'python_char'
 gradient_accumulation_steps = 1
 batch_size = 12
-block_size = 64
+block_size = 128
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 
-learning_rate = 6e-3
-max_iters = 3600
-lr_decay_iters = 3600
-min_lr = 1e-5
-beta2 = 0.98
-warmup_iters = 100
+optimizer = 'muon'
+learning_rate = 8e-3
+lr_schedule = 'linear'
+min_lr = 0.0
+max_iters = 1500
+lr_decay_iters = 1500
+warmup_iters = 50

@@ -25,6 +25,8 @@ def trained(house, tmp_path_factory):
     (['--batch_size=many'], 'batch_size takes int'),
     (['--dataset=shakespeare_char'], 'shakespeare_char/prepare.py` first'),
     (['--dataset=shakespear'], "dataset 'shakespear' is none of custom, openwebtext, python_char, shakespeare, shakespeare_char, wiki_zh"),
+    (['--optimizer=mun'], "optimizer 'mun' is none of adamw, muon"),
+    (['--lr_schedule=step'], "lr_schedule 'step' is none of cosine, linear, wsd"),
     (['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
     (['--init_from=resum'], "init_from 'resum' is no word that --help lists for it (resume, gpt2, gpt2-medium"),
     (['--init_from=gpt2'], "cannot read GPT-2 weights from 'gpt2'"),

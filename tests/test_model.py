@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import model as ours
 from model import GPT, ChunkedCrossEntropy, GPTConfig, Tokenizer, draw, read_checkpoint, read_tokenizer
-from reference import gpt_logits, gpt_loss, random_parameters
+from reference import adamw, gpt_logits, gpt_loss, random_parameters
 
 ARGS = dict(n_layer=3, n_head=2, n_embd=16, block_size=12, bias=True, vocab_size=29, dropout=0.0)
 
@@ -273,6 +273,102 @@ def test_optimizer_groups():
     assert [names[id(q)] for q in decay['params']] == [name for name in p if p[name].dim() == 2]
     assert [names[id(q)] for q in rest['params']] == [name for name in p if p[name].dim() == 1]
     assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0) and decay['fused'] and rest['fused']
+
+
+def with_muon():
+    """A small network with gradients from one batch, its Muon, and the names of its parameters."""
+    net, _, args = tiny()
+    net(tokens(4, 8), tokens(4, 8))[1].backward()
+    return net, net.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', 'muon'), {q: name for name, q in net.named_parameters()}
+
+
+def test_muon_groups():
+    """Every parameter in one group: c_attn as three matrices, the other matrices of the blocks as one, the rest with AdamW."""
+    net, muon, names = with_muon()
+    groups = [[names[q] for q in group['params']] for group in muon.param_groups]
+    assert sorted(sum(groups, [])) == sorted(names.values())
+    kinds = [lambda n: n.endswith('c_attn.weight'), lambda n: n.endswith(('c_proj.weight', 'c_fc.weight')),
+             lambda n: n.endswith(('wte.weight', 'wpe.weight')), lambda n: n.endswith('bias') or '.ln_' in n]
+    assert all(group and all(map(kind, group)) for group, kind in zip(groups, kinds))
+    assert [(group['parts'], group['weight_decay']) for group in muon.param_groups] == [(3, 0.1), (1, 0.1), (0, 0.1), (0, 0.0)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_muon_is_orthogonal(dtype):
+    """Singular values near 1 and the singular vectors of a float64 decomposition, however badly the matrix is conditioned or scaled."""
+    g = torch.Generator().manual_seed(0)
+    def matrix(n, m, values):
+        u, v = (torch.linalg.qr(torch.randn(k, n, generator=g, dtype=torch.float64))[0] for k in (n, m))
+        return u @ torch.diag(values) @ v.T, u @ v.T
+    for n, m, least in ((64, 64, 1e-2), (64, 256, 1e-2), (1, 7, 1.0)):
+        for scale in (1e-12, 1.0, 1e12):
+            x, want = matrix(n, m, torch.logspace(0, math.log10(least), n, dtype=torch.float64) * scale)
+            got = ours.Muon.orthogonal(x[None].to(dtype))[0].double()
+            values = torch.linalg.svdvals(got)
+            assert 0.95 < values.min() and values.max() < 1.05
+            assert (got * want).sum() / got.norm() / want.norm() > 0.99
+    assert 0.95 < torch.linalg.svdvals(ours.Muon.orthogonal(torch.randn(3, 96, 384, generator=g).to(dtype)).double()).min()
+    line = torch.outer(torch.randn(64, generator=g), torch.randn(256, generator=g))  # of rank 1: nothing but the largest singular value
+    values = torch.linalg.svdvals(ours.Muon.orthogonal(line[None].to(dtype)).double())[0]
+    assert 0.95 < values[0] < 1.05
+    assert not ours.Muon.orthogonal(torch.zeros(1, 4, 4, dtype=dtype)).any()
+
+
+def test_muon_steps():
+    """Three steps against Muon written out with float64 decompositions, one matrix at a time, and PyTorch's AdamW for the rest."""
+    net, muon, names = with_muon()
+    p = {name: q.detach().clone().requires_grad_() for q, name in names.items()}
+    hidden = [names[q] for group in muon.param_groups[:2] for q in group['params']]
+    theirs = adamw({name: q for name, q in p.items() if name not in hidden}, lr=1e-2)
+    momentum = dict.fromkeys(hidden, 0)
+    for step in range(3):
+        muon.zero_grad()
+        net(tokens(4, 8, seed=step), tokens(4, 8, seed=step + 9))[1].backward()
+        for q, name in names.items():
+            p[name].grad = q.grad.clone()
+        muon.step()
+        theirs.step()
+        for name in hidden:
+            grad = p[name].grad.double()
+            momentum[name] = 0.95 * momentum[name] + 0.05 * grad
+            factors = []
+            for part in (0.95 * momentum[name] + 0.05 * grad).chunk(3 if 'c_attn' in name else 1):
+                u, s, v = torch.linalg.svd(part, full_matrices=False)
+                s = s / (s ** 4).sum() ** 0.25
+                for a, b, c in muon.QUINTICS:  # not quite 1 afterwards, and 0 where s was
+                    s = a * s + b * s ** 3 + c * s ** 5
+                factors.append(0.2 * math.sqrt(max(part.shape)) * u * s @ v)
+            p[name].data = ((1 - 1e-2 * 0.1) * p[name] - 1e-2 * torch.cat(factors)).detach().float()
+    for q, name in names.items():
+        torch.testing.assert_close(q, p[name], rtol=0, atol=1e-5)
+
+
+def test_muon_under_float16():
+    """An infinite gradient: the GradScaler skips the whole step, Muon's half too (fused AdamW asks it to look the other way)."""
+    net, muon, _ = with_muon()
+    before = {name: q.clone() for name, q in net.named_parameters()}
+    scaler = torch.amp.GradScaler('cpu')
+    for bad in (True, False):
+        muon.zero_grad()
+        scaler.scale(net(tokens(4, 8), tokens(4, 8))[1]).backward()
+        if bad:
+            net.lm_head.weight.grad[0, 0] = math.inf
+        scaler.step(muon)
+        scaler.update()
+        assert all(torch.equal(q, before[name]) for name, q in net.named_parameters()) == bad and scaler.get_scale() == 2 ** 15
+
+
+def test_activation_checkpointing():
+    """Computed again, not otherwise: the same loss and the same gradients, dropout included."""
+    net = GPT(GPTConfig(block_size=16, vocab_size=32, n_layer=3, n_head=2, n_embd=16, dropout=0.3))
+    seen = []
+    for net.activation_checkpointing in (False, True):
+        torch.manual_seed(1)
+        loss = net(tokens(4, 8), tokens(4, 8))[1]
+        net.zero_grad()
+        loss.backward()
+        seen.append([loss, *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
 
 
 def test_devices(monkeypatch):

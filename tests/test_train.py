@@ -1,4 +1,5 @@
 """train.py as a subprocess on tiny data: its figures against tests/reference.py, its files against nanoGPT's."""
+import json
 import math
 import re
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT, SMALL
-from model import GPT, Tokenizer, read_checkpoint, read_tokenizer
+from model import GPT, GPTConfig, Tokenizer, read_checkpoint, read_tokenizer
 from reference import adamw, gpt_logits, gpt_loss, random_parameters, write_nanogpt_checkpoint
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=None, dropout=0.0)
@@ -101,9 +102,10 @@ def test_the_arithmetic(run, house, tmp_path):
     assert not iters and list(again) == [6] and again[6] == pytest.approx(steps[6], abs=1.01e-4) and path.read_bytes() == before
 
 
-def test_resume_is_exact(run, tmp_path):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_resume_is_exact(run, tmp_path, optimizer):
     """6 iterations, and 3 followed by 3: every weight and every moment equal, with dropout and accumulation."""
-    long = [*SMALL, '--dropout=0.2', '--eval_interval=3']
+    long = [*SMALL, '--dropout=0.2', '--eval_interval=3', f'--optimizer={optimizer}']
     run('train.py', *long, '--max_iters=6', '--out_dir=a')
     run('train.py', *long, '--max_iters=3', '--out_dir=b')
     resumed = run('train.py', *long, '--max_iters=6', '--out_dir=b', '--init_from=auto').stdout
@@ -113,6 +115,8 @@ def test_resume_is_exact(run, tmp_path):
     for i, state in a['optimizer']['state'].items():
         assert all(torch.equal(v, b['optimizer']['state'][i][k]) for k, v in state.items())
     assert a['best_val_loss'] == b['best_val_loss']
+    other = {'adamw': 'muon', 'muon': 'adamw'}[optimizer]
+    assert f'another --optimizer than {other}' in run('train.py', *long, '--out_dir=b', '--init_from=resume', f'--optimizer={other}', status=1)
 
 
 def test_resume_obeys_the_command_line(run, tmp_path):
@@ -153,10 +157,11 @@ def test_mixed_precision_on_cpu(run, tmp_path, dtype):
     assert dtype == 'bfloat16' or saved['scaler']['_growth_tracker'] == 7
 
 
-def test_two_ranks(run, tmp_path):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_two_ranks(run, tmp_path, optimizer):
     """Under torchrun with gloo the curve is that of one process, and one rank speaks and saves."""
-    one = losses(run('train.py', *SMALL, '--dropout=0.2', '--out_dir=one').stdout)
-    both = run('train.py', *SMALL, '--dropout=0.2', ranks=2).stdout
+    one = losses(run('train.py', *SMALL, '--dropout=0.2', f'--optimizer={optimizer}', '--out_dir=one').stdout)
+    both = run('train.py', *SMALL, '--dropout=0.2', f'--optimizer={optimizer}', ranks=2).stdout
     assert 'tokens per iteration will be: 128\n' in both and both.count('step 5:') == 1
     for a, b in zip(one, losses(both)):
         assert a.keys() == b.keys()
@@ -210,7 +215,7 @@ def test_every_block_once_an_epoch(run, house, tmp_path):
     both = {**draws('--max_iters=7', '--out_dir=b'), **draws('--max_iters=16', '--out_dir=b', '--init_from=resume')}
     assert both == whole
     assert draws('--max_iters=16', '--out_dir=c', ranks=3) == whole
-    assert 'neither random nor epoch' in run('train.py', *SMALL, '--sampler=all', status=1)
+    assert "sampler 'all' is none of random, epoch" in run('train.py', *SMALL, '--sampler=all', status=1)
 
 
 def test_compile(run):
@@ -234,12 +239,15 @@ def test_compile_falls_back(run):
 
 
 def test_schedule(run):
-    """Linear warm-up to learning_rate, half a cosine to min_lr, and no division by zero where the two meet."""
+    """Linear warm-up to learning_rate, then the shape that lr_schedule names down to min_lr, and no division by zero where the two meet."""
     source = (ROOT / 'train.py').read_text()
-    scope = {'math': math, 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 9, 'lr_decay_iters': 109, 'min_lr': 0.1}
+    scope = {'math': math, 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 9, 'lr_decay_iters': 109, 'min_lr': 0.1, 'lr_schedule': 'cosine'}
     exec(source[source.index('def get_lr'):source.index('def save_checkpoint')], scope)
     lr = scope['get_lr']
     assert [lr(i) for i in (0, 4, 9, 59, 109, 1000)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1, 0.1])
+    for scope['lr_schedule'], there in (('linear', [0.1, 0.775, 0.55, 0.28, 0.1, 0.1]), ('wsd', [0.1, 1.0, 1.0, 1.0, 0.1, 0.1])):
+        assert [lr(i) for i in (0, 34, 59, 89, 109, 1000)] == pytest.approx(there)
+    assert lr(99) == pytest.approx(0.55)
     scope['warmup_iters'] = 109
     assert lr(109) == 0.1
 
@@ -293,3 +301,33 @@ def test_big_ids(run, house, tmp_path):
     assert steps[0][1] > 9 and steps[30][1] < 1
     p = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
     assert gpt_logits(p['model'], p['model_args'], torch.full((1, 4), 50000)).argmax(-1).unique().item() == 50000
+
+
+def test_bench(run, tmp_path):
+    """config/bench.py: no data, no files, and one JSON object at the end with the figures of the lines above it."""
+    small = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=32', '--batch_size=2', '--gradient_accumulation_steps=2']
+    out = run('train.py', 'config/bench.py', *small, '--max_iters=8').stdout
+    assert 'step ' not in out and not list(tmp_path.iterdir())
+    result = json.loads(out.splitlines()[-1])
+    times = sorted(float(ms) for ms in re.findall(r'^iter \d+: loss [\d.]+, time ([\d.]+)ms', out, re.M)[2:])
+    assert len(times) == 6 and result['ms'] == pytest.approx({'median': (times[2] + times[3]) / 2, 'min': times[0], 'max': times[-1]}, abs=0.01)
+    assert result['tokens_per_second'] == pytest.approx(128 / result['ms']['median'] * 1000)
+    assert result['mfu'] is None and 0.1 < result['peak_memory_gb'] < 10 and result['torch'] == torch.__version__
+    assert result['settings']['optimizer'] == 'adamw' and result['settings']['batch_size'] == 2 and result['settings']['dtype'] == 'float32'
+    # a peak that is known makes an mfu
+    out = run('train.py', 'config/bench.py', *small, '--max_iters=2', '--peak_flops=1e9', '--optimizer=muon', '--activation_checkpointing=True').stdout
+    result = json.loads(out.splitlines()[-1])
+    net = GPT(GPTConfig(32, 50304, 1, 2, 16, bias=False))
+    assert result['mfu'] == pytest.approx(result['tokens_per_second'] * net.estimate_flops() / 1e9)
+    assert 'times the training of a new model' in run('train.py', 'config/bench.py', '--init_from=resume', status=1)
+
+
+def test_profile(run, tmp_path):
+    """The ten costliest operations, and a trace that the viewers open; the run itself is no other."""
+    plain = losses(run('train.py', *SMALL, '--out_dir=plain').stdout)
+    out = run('train.py', *SMALL, '--profile=True').stdout
+    assert losses(out) == plain
+    table = out[out.index('Self CPU'):out.index('Self CPU time total')]
+    assert len(re.findall(r'^ .*::', table, re.M)) >= 5 and len(table.splitlines()) < 16
+    names = {event['name'] for event in json.loads((tmp_path / 'out' / 'trace.json').read_text())['traceEvents'] if 'name' in event}
+    assert {'aten::mm', 'ChunkedCrossEntropy'} <= names
