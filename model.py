@@ -133,7 +133,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 total += ((lse - logits.gather(1, target))[:, 0] * keep).sum()
                 if with_grad:  # d loss / d logits = softmax - one_hot, and zero where nothing counts
                     lse = lse.masked_fill(~keep[:, None], math.inf) - math.log(shrink)
-                    d = (logits - lse).exp_()                                       # (n, V)
+                    d = logits.sub_(lse).exp_()                                     # (n, V)
                     d.scatter_add_(1, target, -shrink * keep[:, None].to(wide))
                     d = d.to(dtype)
                     grad_x[i:i + rows] = d @ w
@@ -151,7 +151,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w, divisor = ctx.saved_tensors
         scale = grad_loss / divisor
-        return grad_x.to(ctx.dtypes[0]) * scale, (grad_w * scale).to(ctx.dtypes[1]), None, None, None
+        # grad_w in place: this is when memory is fullest. A second backward through here is an error of autograd's.
+        return grad_x.to(ctx.dtypes[0]) * scale, grad_w.mul_(scale).to(ctx.dtypes[1]), None, None, None
 
 
 class Muon(torch.optim.AdamW):
@@ -187,7 +188,7 @@ class Muon(torch.optim.AdamW):
                     if weight.size(0) > weight.size(1):
                         weight, update = weight.mT, update.mT                        # (n, m), n <= m
                     stacks.setdefault(weight.shape, []).append((weight, update, group['lr']))
-        for (n, m), stack in stacks.items():
+        for (_, m), stack in stacks.items():
             weights, updates, rates = zip(*stack)
             updates = torch.stack(updates)                                           # (matrices, n, m)
             if updates.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -199,9 +200,9 @@ class Muon(torch.optim.AdamW):
     @classmethod
     def orthogonal(cls, x):
         """Of matrices x (k, n, m), n <= m, near enough the orthogonal factors U V' of their decompositions U S V', by matrix products alone."""
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)           # so that nothing under- or overflows below
         gram = x @ x.mT                                                              # (k, n, n)
-        size = gram.norm(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-3)            # no singular value is larger; 1e-3 for zeros
+        size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt().clamp(min=1e-3)            # no singular value is larger; 1e-3 for zeros
         x, gram = x / size, gram / size ** 2
         for i, (a, b, c) in enumerate(cls.QUINTICS):
             gram = x @ x.mT if i else gram
@@ -252,10 +253,11 @@ class GPT(nn.Module):
         at = torch.arange(T, device=idx.device) if pos is None else pos              # (T,)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(at))  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
+            inputs = x, None if cache is None else cache[layer], pos, mask
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = recompute_in_backward(block, x, use_reentrant=False)             # (B, T, C)
+                x = recompute_in_backward(block, *inputs, use_reentrant=False)       # (B, T, C)
             else:
-                x = block(x, None if cache is None else cache[layer], pos, mask)     # (B, T, C)
+                x = block(*inputs)                                                   # (B, T, C)
         return self.transformer.ln_f(x)                                              # (B, T, C)
 
     def forward(self, idx, targets=None):
@@ -601,20 +603,14 @@ def choose_device(device, dtype, local_rank=0):
     older CUDA, float32 elsewhere. Of several GPUs each local rank gets its own.
     Returns (device, dtype) as text. Raises ValueError for what this machine lacks.
     """
-    if device is None:
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if device == 'cuda':
-        device = f'cuda:{local_rank}'
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = None
-    if kind not in ('cuda', 'mps', 'cpu'):
+    have = {'cuda': torch.cuda.is_available() * torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
+    kind, _, number = (device or next(kind for kind in have if have[kind])).partition(':')
+    number = number or str(local_rank if kind == 'cuda' else 0)
+    if kind not in have or not number.isdecimal():
         raise ValueError(f"device {device!r} is none of cuda, cuda:0, cuda:1 …, mps, cpu")
-    if kind == 'cuda' and torch.device(device).index >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; --device=cpu runs anywhere")
-    if kind == 'mps' and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps': PyTorch sees no Apple GPU here; --device=cpu runs anywhere")
+    device = f'cuda:{number}' if kind == 'cuda' else kind
+    if int(number) >= have[kind]:
+        raise ValueError(f"device {device!r}: PyTorch sees {have[kind]} {kind.upper()} devices here; --device=cpu runs anywhere")
     if dtype is None:
         has_bf16 = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = 'float32' if kind != 'cuda' else 'bfloat16' if has_bf16 else 'float16'

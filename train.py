@@ -16,7 +16,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -28,11 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 from model import GPT, GPTConfig, Tokenizer, choose_device, compile_method, peak_flops_of, read_checkpoint, read_tokenizer
 
@@ -131,7 +125,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror or error}" + ("; the checkpoint before it is whole" if iter_num else ""))
+        fail(f"cannot write {path}: {error.strerror or error}" + ("; the checkpoint before it is whole" if keeps and iter_num else ""))
 
 
 def ask_to_leave(number, frame):
@@ -163,8 +157,8 @@ for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip', 'checkpoint_interv
 for key, words in (('sampler', ('random', 'epoch')), ('optimizer', ('adamw', 'muon')), ('lr_schedule', ('cosine', 'linear', 'wsd'))):
     if config[key] not in words:
         fail(f"{key} {config[key]!r} is none of {', '.join(words)}")
-if dataset is None and (eval_only or init_from in ('resume', 'auto') or max_iters < 1):
-    fail("dataset=None times the training of a new model or of GPT-2, for at least one iteration")
+if dataset is None and (eval_only or init_from in ('resume', 'auto') or max_iters <= log_interval):
+    fail(f"dataset=None only times training: name a --dataset for eval_only={eval_only}, init_from={init_from}, max_iters={max_iters} of log_interval={log_interval}")
 if gradient_accumulation_steps % world_size:
     fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size {world_size}: "
          f"the processes share them; try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}")
@@ -183,6 +177,8 @@ if distributed and not dist.is_backend_available(backend):
     fail(f"backend {backend!r}: this PyTorch has none of that name; on CPUs use --backend=gloo")
 if compile is None:
     compile = device_type == 'cuda' and sys.platform != 'win32'
+if activation_checkpointing and dropout and device_type == 'mps':  # PyTorch keeps the random numbers of CUDA and CPU only
+    fail("activation_checkpointing on mps would compute again with another dropout: add --dropout=0.0, or leave it off")
 if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 where float32 remains
@@ -221,7 +217,7 @@ def open_bin(path):
 
 
 if dataset is None:
-    train_data = val_data = randomness('train', 0).integers(50257, size=2 ** 20, dtype='<u2')
+    train_data = val_data = randomness('train', 0).integers(50257, size=max(2 ** 20, 2 * block_size), dtype='<u2')
 else:
     train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
 
@@ -286,7 +282,7 @@ if init_from == 'auto':
 shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, dropout=dropout)
 torch.manual_seed(seed)
 try:
-    spec = read_tokenizer(data_dir)
+    spec = read_tokenizer(data_dir) if dataset else {'kind': 'gpt2'}
     if init_from == 'scratch':
         # GPUs multiply by 50304 faster than by 50257, so all but characters are rounded up to a multiple of 64
         vocab_size = (spec.get('vocab_size') or len(spec['itos']) if spec['kind'] == 'char' else
@@ -304,7 +300,7 @@ try:
         model.crop_block_size(block_size)
     model.to(device).activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)  # no longer its name
-    if checkpoint:  # moments from the checkpoint; learning rate, decay and betas from the command line
+    if checkpoint and not eval_only:  # moments from the checkpoint; learning rate, decay and betas from the command line
         groups = optimizer.state_dict()['param_groups']
         same = [len(group['params']) for group in groups] == [len(group['params']) for group in checkpoint['optimizer']['param_groups']]
         if same:
@@ -330,6 +326,8 @@ for key, value in model_args.items():
         config[key] = value
 block_size = model.config.block_size
 window = np.arange(block_size + 1)
+if dataset is None:
+    train_data %= min(model_args['vocab_size'], 50257)  # and with it val_data, which is the same
 for name, data in (('train.bin', train_data), ('val.bin', val_data)):
     if len(data) <= block_size:
         fail(f"{data_dir / name} holds {len(data)} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
@@ -360,6 +358,7 @@ if compile:
         with autocast:
             model(*get_batch('train', 0, 0))[1].backward()
     failed = compile_method(model, 'forward', trial)
+    compile = not failed
     model.zero_grad(set_to_none=True)
     if master:
         print(failed or f"compiled in {time.perf_counter() - started:.0f} s")
@@ -489,7 +488,7 @@ def vote():
 # -----------------------------------------------------------------------------
 # The loop
 
-if wandb_log and master:
+if wandb_log and keeps and master:
     try:
         import wandb
     except ImportError:
@@ -554,8 +553,10 @@ while True:
 
     profiler = None
     if profile and master and iter_num == profiled:
+        paused = time.perf_counter()
         profiler = torch.profiler.profile()
         profiler.start()
+        clock += time.perf_counter() - paused
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
@@ -591,7 +592,7 @@ while True:
         tokens_per_second = tokens_per_iter / seconds
         mfu = model.estimate_mfu(tokens_per_second / world_size, peak)
         norm = grad_norm.item()
-        timings.append(seconds)
+        timings += [] if profiler else [seconds]
         if master:
             print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
                   f"{tokens_per_second:,.0f} tok/s")
@@ -602,7 +603,7 @@ while True:
     if profiler:
         paused = time.perf_counter()
         profiler.stop()
-        print(profiler.key_averages().table(sort_by=f"self_{'cpu' if device_type == 'cpu' else 'device'}_time_total", row_limit=10, max_name_column_width=50))
+        print(profiler.key_averages().table(sort_by=f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total", row_limit=10, max_name_column_width=50))
         trace = os.path.join(out_dir, 'trace.json')
         with writing(trace):
             os.makedirs(out_dir, exist_ok=True)
@@ -612,19 +613,21 @@ while True:
     loss_sum.zero_()
     iter_num += 1
 
-if wandb_log and master:
+if wandb_log and keeps and master:
     run.finish()
 if dataset is None and master and timings:
-    timings = timings[len(timings) // 4:]  # the first quarter warms up
-    median = statistics.median(timings)
-    peak_memory = (torch.cuda.max_memory_allocated() if device_type == 'cuda' else
-                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) if resource else None)
+    timings, peak_memory = 1000 * np.array(timings[-max(1, len(timings) * 3 // 4):]), None  # the first quarter warms up
+    if device_type == 'cuda':
+        peak_memory = torch.cuda.max_memory_allocated() / 1e9
+    elif device_type == 'cpu' and os.name == 'posix':
+        import resource
+        peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-9 if sys.platform == 'darwin' else 1.024e-6)
+    speed = tokens_per_iter * 1000 / np.median(timings)
     print(json.dumps({
         'device': torch.cuda.get_device_name() if device_type == 'cuda' else f'{device}, {torch.get_num_threads()} threads', 'torch': torch.__version__,
-        'ms': {'median': median * 1000, 'min': min(timings) * 1000, 'max': max(timings) * 1000}, 'tokens_per_second': tokens_per_iter / median,
-        'mfu': model.estimate_mfu(tokens_per_iter / median / world_size, peak), 'peak_memory_gb': peak_memory and peak_memory / 1e9,
-        'settings': {'dtype': dtype, 'compile': compile, 'processes': world_size, **{key: config[key] for key in (
-            'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dropout', 'batch_size', 'gradient_accumulation_steps', 'optimizer', 'activation_checkpointing')}}}))
+        'ms': {'median': np.median(timings), 'min': timings.min(), 'max': timings.max()}, 'tokens_per_second': speed,
+        'mfu': model.estimate_mfu(speed / world_size, peak), 'peak_memory_gb': peak_memory,
+        'settings': {**config, 'device': device, 'dtype': dtype, 'compile': compile, 'processes': world_size}}))
 if distributed:
     if ballot:
         ballot[0].wait()

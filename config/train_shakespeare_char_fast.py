@@ -22,7 +22,7 @@ n_embd = 384
 dropout = 0.2
 
 optimizer = 'muon'
-learning_rate = 8e-3
+learning_rate = 4e-3  # 8e-3 was best at 128 and 160 channels, and the norm of Muon's steps grows with the root of the width
 lr_schedule = 'linear'
 min_lr = 0.0
 beta2 = 0.99

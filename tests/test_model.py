@@ -361,14 +361,17 @@ def test_muon_under_float16():
 def test_activation_checkpointing():
     """Computed again, not otherwise: the same loss and the same gradients, dropout included."""
     net = GPT(GPTConfig(block_size=16, vocab_size=32, n_layer=3, n_head=2, n_embd=16, dropout=0.3))
-    seen = []
+    seen, calls = [], []
+    net.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for net.activation_checkpointing in (False, True):
         torch.manual_seed(1)
         loss = net(tokens(4, 8), tokens(4, 8))[1]
         net.zero_grad()
         loss.backward()
         seen.append([loss, *(p.grad for p in net.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*seen))
+    assert all(torch.equal(a, b) for a, b in zip(*seen)) and len(calls) == 3  # once, and twice
+    net.eval()
+    assert (net.hidden(tokens(4, 8), net.new_cache(4, 8)) - net.hidden(tokens(4, 8))).abs().max() < 1e-6
 
 
 def test_devices(monkeypatch):

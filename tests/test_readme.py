@@ -20,6 +20,9 @@ NOT_RUN = {
 SHORT = {
     'train_gpt2.py': '--dataset=tiny --wandb_log=False --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --max_iters=1 '
                      '--gradient_accumulation_steps=2 --eval_iters=1',
+    'train_gpt2_fast.py': '--dataset=tiny --wandb_log=False --device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 '
+                          '--max_iters=1 --gradient_accumulation_steps=2 --eval_iters=1',
+    'bench.py': '--device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --batch_size=2 --max_iters=3',
     'train.py': '--device=cpu --max_iters=2 --eval_iters=1 --batch_size=2',
     'sample.py': '--device=cpu --num_samples=1 --max_new_tokens=5',
 }
