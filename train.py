@@ -592,7 +592,8 @@ while True:
         tokens_per_second = tokens_per_iter / seconds
         mfu = model.estimate_mfu(tokens_per_second / world_size, peak)
         norm = grad_norm.item()
-        timings += [] if profiler else [seconds]
+        if not profiler:
+            timings.append(seconds)
         if master:
             print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
                   f"{tokens_per_second:,.0f} tok/s")

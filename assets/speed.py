@@ -3,8 +3,8 @@ The table of speed and memory in README.md: nanoGPT's train.py and ours, in turn
     git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
     python assets/speed.py /tmp/nanoGPT             # every group that suits this machine, three rounds
     python assets/speed.py /tmp/nanoGPT 4x1024 5    # one group, five rounds
-Each row is the median over the rounds: milliseconds an iteration and their ratio to the first row's, tokens a second,
-mfu by nanoGPT's formula, peak memory of the GPU or else of the process.
+Each row has medians over the rounds, of milliseconds an iteration, their ratio to the first row's, tokens a second and
+mfu by nanoGPT's formula; and the highest peak memory, of the GPU or else of the process.
 """
 import pickle
 import re

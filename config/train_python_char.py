@@ -1,5 +1,5 @@
 # The first run of the README: Python's standard library by characters, minutes on two CPU cores.
-# Muon and a learning rate that falls in a straight line to zero: three minutes of AdamW, tuned too, ended at 1.467.
+# Muon and a learning rate that falls in a straight line to zero: three minutes of AdamW at 4 layers of 128, tuned too, ended at 1.467.
 out_dir = 'out-python-char'
 eval_interval = 500
 eval_iters = 50
