@@ -7,6 +7,7 @@ The architecture is that of Radford et al. 2019, "Language Models are Unsupervis
 Letters in shapes: B batch, T time (tokens), C n_embd, H n_head, D = C / H, V vocab_size.
 Errors that a user can cause are ValueErrors (or OSErrors) whose text is one line and says what to do.
 """
+import json
 import math
 import pickle
 import re
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 ACTIVATIONS = {'gelu': 'none', 'gelu_tanh': 'tanh'}  # our name -> F.gelu's `approximate`
+THEIR_ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh'}  # transformers' names -> ours; the first of two rounds as ours does
+CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # matrices of which transformers, like OpenAI, keeps the transpose
 
 
 @dataclass
@@ -229,6 +232,7 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):  # 2 n_layer branches add to the residual stream: keep its variance (GPT-2, section 2.3)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
         self.activation_checkpointing = False  # True: backward has the blocks' inputs and computes the rest again (Chen et al. 2016)
+        self.tokens = {'kind': 'gpt2'}         # how they read: what read_tokenizer returns, or the folder to ask it about
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -399,16 +403,21 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, dropout=None):
-        """The model of a checkpoint that read_checkpoint returned, nanoGPT's or ours, on the CPU."""
+        """The model in a folder with a ckpt.pt, or in what read_checkpoint returned, nanoGPT's or ours; on the CPU. Raises ValueError."""
+        if not isinstance(checkpoint, dict):
+            checkpoint = read_checkpoint(Path(checkpoint) / 'ckpt.pt')
         args = dict(checkpoint['model_args'])
         if dropout is not None:
             args['dropout'] = dropout
         try:
             # torch.compile prefixes the names; models before PyTorch 2 kept their masks as buffers
-            return cls.from_weights(GPTConfig(**args), {name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
-                                                        if not name.endswith(('.attn.bias', '.attn.masked_bias'))})
+            model = cls.from_weights(GPTConfig(**args), {name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
+                                                         if not name.endswith(('.attn.bias', '.attn.masked_bias'))})
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the checkpoint does not fit this model.py: {one_line(error)}") from error
+        # nanoGPT's checkpoints name their data set, ours hold the tokenizer itself
+        model.tokens = checkpoint.get('tokenizer') or Path(__file__).resolve().parent / 'data' / (checkpoint.get('config') or {}).get('dataset', 'NAME')
+        return model
 
     @classmethod
     def from_pretrained(cls, source, dropout=0.0):
@@ -432,13 +441,57 @@ class GPT(nn.Module):
         if wrong:  # transformers fills them with random numbers
             raise ValueError(f"the weights in {source!r} are not whole: {min(wrong)} is missing or of another shape")
         hf = theirs.float().config
-        activation = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}.get(hf.activation_function)
+        activation = THEIR_ACTIVATIONS.get(hf.activation_function)
         if (activation is None or hf.n_inner not in (None, 4 * hf.n_embd) or hf.layer_norm_epsilon != 1e-5 or not hf.scale_attn_weights
                 or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention or not hf.tie_word_embeddings):
             raise ValueError(f"{source}/config.json describes a variant of GPT-2 that model.py does not build")
-        config = GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd, dropout, True, activation)
-        return cls.from_weights(config, {name: p.T.contiguous() if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else p
-                                         for name, p in theirs.state_dict().items()})  # OpenAI's Conv1D keeps the transpose of a Linear
+        weights = {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in theirs.state_dict().items()}
+        biases = {name for name in weights if name.endswith('.bias')}
+        bias = getattr(hf, 'bias', True) or any(weights[name].any() for name in biases)  # fine-tuned there, save_pretrained's zeros have moved
+        config = GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd, dropout, bias, activation)
+        model = cls.from_weights(config, {name: p for name, p in weights.items() if bias or name not in biases})
+        model.tokens = model.tokens if source in GPT2_SIZES else Path(source)
+        return model
+
+    # -------------------------------------------------------------------------
+    # and out
+
+    def tokenizer(self):
+        """The Tokenizer of the texts that the model knows. Raises ValueError where its weights came without one."""
+        spec = self.tokens if isinstance(self.tokens, dict) else read_tokenizer(self.tokens)
+        tokenizer = Tokenizer(spec) if spec['kind'] != 'gpt2' or self.config.vocab_size >= 50257 else None
+        if tokenizer is None or tokenizer.size > self.config.vocab_size:
+            raise ValueError(f"the model has {self.config.vocab_size} tokens, but which? Put the meta.pkl or tokenizer.json of its data set into "
+                             f"{'its folder' if self.tokens is spec else self.tokens}")
+        return tokenizer
+
+    def save_pretrained(self, folder):
+        """
+        Writes the model and its tokenizer as a GPT-2 of transformers, with the same logits to the last bit in float32. Without
+        biases it gets zeros there and a word in config.json, by which from_pretrained finds the same state dict again.
+        """
+        from safetensors.torch import save_file
+        c, tokenizer, folder = self.config, self.tokenizer(), Path(folder)
+        weights = {}
+        for name, p in self.transformer.state_dict(prefix='transformer.').items():
+            p = p.cpu().float()
+            weights[name] = (p.T if name.endswith(CONV1D) else p).contiguous()
+            if '.h.' in name or '.ln_f.' in name:
+                weights.setdefault(name.replace('.weight', '.bias'), torch.zeros(p.size(0)))
+        activation = next(theirs for theirs, ours in THEIR_ACTIVATIONS.items() if ours == c.activation)
+        ends = {'bos_token_id': tokenizer.end, 'eos_token_id': tokenizer.end}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
+        for name, content in {
+                'config.json': {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'dtype': 'float32', 'vocab_size': c.vocab_size,
+                                'n_positions': c.block_size, 'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd, 'bias': c.bias,
+                                'activation_function': activation, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
+                                **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), c.dropout), **ends},
+                'generation_config.json': {**ends, 'suppress_tokens': list(range(tokenizer.size, c.vocab_size)) or None},  # ids that only pad the vocabulary
+                'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size, 'clean_up_tokenization_spaces': False,
+                                          **({'bos_token': '<|endoftext|>', 'eos_token': '<|endoftext|>'} if tokenizer.end is not None else {})}}.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+        tokenizer.for_transformers().save(str(folder / 'tokenizer.json'))
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -569,13 +622,31 @@ class Tokenizer:
                 raise ValueError(f"the model has never seen the character {unknown[0]!r}: its {self.size} characters are {''.join(self.stoi)!r}")
             return [self.stoi[c] for c in text]
         if self.kind == 'bpe':
-            return self.bpe.encode(text).ids
+            try:
+                return self.bpe.encode(text).ids
+            except Exception as error:  # of an alphabet that lacks a character
+                raise ValueError(f"the model's tokenizer cannot read {text[:60]!r} ({one_line(error)})") from error
         return self.bpe.encode(text, allowed_special={'<|endoftext|>'})
 
     def decode(self, ids):
         if self.kind == 'char':
             return ''.join(self.itos[i] for i in ids)
         return self.bpe.decode(ids) if self.kind == 'gpt2' else self.bpe.decode(ids, skip_special_tokens=False)
+
+    def for_transformers(self):
+        """The same as a Tokenizer of the tokenizers library, which transformers opens. A character it does not know is an error there too."""
+        if self.kind == 'bpe':
+            return self.bpe
+        if self.kind == 'char':
+            from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+            characters = Tokenizer(models.WordLevel(self.stoi, unk_token=''))
+            characters.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+            characters.decoder = decoders.Fuse()
+            return characters
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+        converter = TikTokenConverter(pattern=self.bpe._pat_str, extra_special_tokens=self.bpe._special_tokens)
+        converter.load_tiktoken_bpe = lambda path: self.bpe._mergeable_ranks  # at hand already
+        return converter.converted()
 
 
 # -----------------------------------------------------------------------------

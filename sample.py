@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT, GPT2_SIZES, Tokenizer, choose_device, compile_method, read_checkpoint, read_tokenizer
+from model import GPT, choose_device, compile_method
 
 ROOT = Path(__file__).resolve().parent
 
@@ -56,19 +56,8 @@ for wrong, rule in ((num_samples < 1, 'num_samples must be at least 1'), (max_ne
 # the model, its tokenizer and the prompt
 try:
     device, dtype = choose_device(device, dtype)
-    if init_from == 'resume':
-        checkpoint = read_checkpoint(Path(out_dir) / 'ckpt.pt')
-        model = GPT.from_checkpoint(checkpoint)
-        # nanoGPT's checkpoints name their data set, ours hold the tokenizer itself
-        folder = ROOT / 'data' / (checkpoint.get('config') or {}).get('dataset', 'NAME')
-        spec = checkpoint.get('tokenizer') or read_tokenizer(folder)
-    else:
-        model = GPT.from_pretrained(init_from)
-        folder = Path(init_from)
-        spec = {'kind': 'gpt2'} if init_from in GPT2_SIZES else read_tokenizer(folder)
-    tokenizer = Tokenizer(spec) if spec['kind'] != 'gpt2' or model.config.vocab_size >= 50257 else None
-    if tokenizer is None or tokenizer.size > model.config.vocab_size:
-        sys.exit(f"the model has {model.config.vocab_size} tokens, but which? Put the meta.pkl or tokenizer.json of its data set into {folder}")
+    model = GPT.from_checkpoint(out_dir) if init_from == 'resume' else GPT.from_pretrained(init_from)
+    tokenizer = model.tokenizer()
     if start.startswith('FILE:'):
         start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
     elif start == '-':
