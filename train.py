@@ -15,6 +15,7 @@ from __future__ import annotations  # the configurator reads `int | None` as tex
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -27,8 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from model import GPT, GPTConfig, Tokenizer, choose_device, compile_method, peak_flops_of, read_checkpoint, read_tokenizer
+from model import GPT, GPT2_SIZES, GPTConfig, Tokenizer, choose_device, compile_method, peak_flops_of, read_checkpoint, read_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -39,7 +41,7 @@ out_dir = 'out'                         # checkpoints land here, relative to the
 eval_interval = 2000                    # iterations between evaluations, each of which saves a checkpoint
 checkpoint_interval = 0                 # iterations between further checkpoints, 0 for none
 log_interval = 1                        # iterations between log lines
-eval_iters = 200                        # micro-batches per evaluation, of each split
+eval_iters: int | None = 200            # micro-batches per evaluation, of each split; None: as many as go once through val.bin, in order
 eval_only = False                       # evaluate once and leave
 always_save_checkpoint = True           # False: ckpt.pt is the best model, and last.pt beside it the newest
 init_from = 'scratch'                   # scratch, resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder that transformers saved
@@ -92,10 +94,13 @@ rank, local_rank, world_size, local_world_size = (int(os.environ[name]) if distr
                                                   (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
 master = rank == 0                  # the one that prints and saves
 asked_to_leave = False              # by SIGTERM or Ctrl-C; obeyed where the state is whole
+bar = None                          # the progress bar, once the loop runs
 
 
 def leave(status, words=''):
     """Ends this process, with a line on stderr."""
+    if bar is not None:
+        bar.close()
     if words:
         print(words, file=sys.__stderr__, flush=True)  # init_process_group lends its hook another sys.stderr
     if not distributed:
@@ -149,7 +154,7 @@ sys.excepthook = last_words
 sys.stdout.reconfigure(line_buffering=True)  # a log file too grows line by line
 
 for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
-    if config[key] < 1:
+    if config[key] is not None and config[key] < 1:
         fail(f"{key} must be at least 1, not {config[key]}")
 for key in ('seed', 'max_iters', 'warmup_iters', 'grad_clip', 'checkpoint_interval'):
     if config[key] < 0:
@@ -199,10 +204,13 @@ def randomness(stream, iteration, micro_step=0):
 # -----------------------------------------------------------------------------
 # Data
 
+def typed(path):
+    """A path of the project as a user in this folder would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 data_dir = ROOT / 'data' / (dataset or '')
-prepare = data_dir / 'prepare.py'
-if prepare.is_relative_to(Path.cwd()):
-    prepare = prepare.relative_to(Path.cwd())
+prepare = typed(data_dir / 'prepare.py')
 
 
 def open_bin(path):
@@ -239,21 +247,25 @@ def blocks_of_epoch(epoch):
 
 
 def get_batch(stream, iteration, micro_step):
-    """X, Y (B, T) int64 on the device: windows at random places and the same one token later."""
-    data = val_data if stream == 'eval-val' else train_data
-    if sampler == 'epoch' and stream == 'train':
+    """X, Y (B, T) int64 on the device: windows at random places and the same one token later, -1 behind the last."""
+    data, in_order = val_data if stream == 'eval-val' else train_data, stream == 'eval-val' and config['eval_iters'] is None
+    if in_order:
+        starts = (micro_step * batch_size + np.arange(batch_size)) * block_size
+    elif sampler == 'epoch' and stream == 'train':
         first = (iteration * gradient_accumulation_steps + micro_step) * batch_size
         starts = np.array([blocks_of_epoch(i // blocks)[i % blocks] for i in range(first, first + batch_size)])
     else:
         starts = randomness(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
-    tokens = data[starts[:, None] + window]                       # (B, T + 1) uint16
+    places = starts[:, None] + window                             # (B, T + 1)
+    tokens = data[np.minimum(places, len(data) - 1) if in_order else places]  # (B, T + 1) uint16
     if tokens.max() >= model_args['vocab_size']:
         leave(1, foreign_id('val.bin' if stream == 'eval-val' else 'train.bin', tokens))
     tokens = torch.from_numpy(tokens.view(np.int16))              # two bytes a token on the way, widened there
     if device_type == 'cuda':
         tokens = tokens.pin_memory()
     tokens = tokens.to(device, non_blocking=True).long() & 0xFFFF  # (B, T + 1)
-    return tokens[:, :-1], tokens[:, 1:]
+    X, Y = tokens[:, :-1], tokens[:, 1:]
+    return X, Y.masked_fill(torch.from_numpy(places[:, 1:] >= len(data)).to(device), -1) if in_order else Y
 
 
 # -----------------------------------------------------------------------------
@@ -295,6 +307,8 @@ try:
             raise ValueError(f"{data_dir} was prepared with another tokenizer than the data that {source} was trained on")
         iter_num, best_val_loss, wandb_id = checkpoint['iter_num'], float(checkpoint['best_val_loss']), checkpoint.get('wandb_id')
     else:
+        if init_from in GPT2_SIZES and spec['kind'] != 'gpt2':
+            raise ValueError(f"{data_dir} is not in the encoding that {init_from} reads: prepare it with GPT-2's, or start with --init_from=scratch")
         model = GPT.from_pretrained(init_from, dropout=dropout)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
@@ -334,12 +348,16 @@ for name, data in (('train.bin', train_data), ('val.bin', val_data)):
              f"use a smaller --block_size or more text")
     if data[:2 ** 27].max() >= model_args['vocab_size']:  # here for most data sets, for what lies behind in get_batch
         fail(foreign_id(name, data[:2 ** 27]))
+eval_iters = eval_iters or math.ceil((len(val_data) - 1) / (batch_size * block_size))
 
 if master:
     print(f"tokens per iteration will be: {gradient_accumulation_steps * batch_size * block_size:,}")
     print({'scratch': "a new model", 'resume': f"resuming {source} at iteration {iter_num}" if checkpoint else ""}.get(init_from, f"GPT-2 weights from {init_from}")
           + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; {device}, {dtype}"
           + (f", {world_size} processes" if distributed else ''))
+    if keeps:
+        epochs = max_iters * gradient_accumulation_steps * batch_size * block_size / len(train_data)
+        print(f"data/{dataset}: {len(train_data):,} tokens to train on, {epochs:.2f} epochs in {max_iters:,} iterations; {len(val_data):,} to validate on")
     for key, old in (checkpoint or {}).get('config', {}).items():
         if key in config and config[key] != old and key != 'init_from':
             print(f"{key} was {old!r} in the checkpoint, is {config[key]!r} now")
@@ -351,17 +369,47 @@ checkpoint = None  # frees its memory
 # -----------------------------------------------------------------------------
 # compile, then spread over the processes
 
+def trial():
+    """A micro-step without consequences; how long it took, in seconds."""
+    started = time.perf_counter()
+    with autocast:
+        loss = model(*get_batch('train', iter_num, rank))[1]
+    loss.backward()
+    loss.item()  # waits for the device
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - started
+
+
+def peak_memory():
+    """The most memory that this process has had so far, on its device, in GB; None where the system does not tell."""
+    if device_type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e9
+    if device_type == 'cpu' and os.name == 'posix':
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-9 if sys.platform == 'darwin' else 1.024e-6)
+
+
+def time_left(seconds, done):
+    """What remains after `done` iterations of so many seconds each, evaluations included, as h:mm:ss."""
+    evaluations = len(range(math.ceil(done / eval_interval) * eval_interval, max_iters, eval_interval)) + 1 if keeps else 0
+    return timedelta(seconds=round((max_iters - done) * seconds + evaluations * eval_seconds))
+
+
 if compile:
     started = time.perf_counter()
-
-    def trial():  # compilers fail at the first call, so make that here
-        with autocast:
-            model(*get_batch('train', 0, 0))[1].backward()
-    failed = compile_method(model, 'forward', trial)
+    failed = compile_method(model, 'forward', trial)  # compilers fail at the first call, so make that here
     compile = not failed
-    model.zero_grad(set_to_none=True)
     if master:
         print(failed or f"compiled in {time.perf_counter() - started:.0f} s")
+eval_seconds = 0.0                  # how long an evaluation and its checkpoint take
+if keeps and iter_num < max_iters:  # what to expect, before anybody waits for it
+    trial()                         # warms up
+    seconds = trial()
+    eval_seconds = seconds / 3 * 2 * math.ceil(eval_iters / world_size)  # a forward pass is a third of a micro-step
+    moments = 0 if optimizer.state else sum(p.numel() * (4 if group.get('parts') else 8) for group in optimizer.param_groups for p in group['params'])
+    if master:
+        print("estimated: " + (f"{peak_memory() + moments / 1e9:.1f} GB of memory{' in each process' * distributed}, " if peak_memory() else '')
+              + f"{time_left(seconds * gradient_accumulation_steps / world_size, iter_num)} to the end")
 ddp_model = model
 if distributed:
     dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
@@ -379,18 +427,29 @@ if distributed:
 def estimate_loss():
     """Mean loss of eval_iters micro-batches of each split, the same ones every time, shared among the ranks; None when asked to leave."""
     model.eval()
-    losses = torch.zeros(2, device=device)
-    for split, stream in enumerate(('eval-train', 'eval-val')):
-        for k in range(rank, math.ceil(eval_iters / world_size) * world_size, world_size):
+    losses = torch.zeros(2, 2, device=device)  # sum and weight of each split
+    for (total, weight), stream in zip(losses, ('eval-train', 'eval-val')):
+        for k in tqdm(range(rank, math.ceil(eval_iters / world_size) * world_size, world_size), stream, leave=False, disable=None if master else True):
             if asked_to_leave and not distributed:
                 return None
             X, Y = get_batch(stream, 0, k)
             with autocast:
                 loss = model(X, Y)[1]
             if k < eval_iters:  # every rank runs as many, so that none is waited for
-                losses[split] += loss
+                share = (Y >= 0).float().mean()  # 1 but for the last ones of a val.bin gone through in order
+                total += loss * share
+                weight += share
     model.train()
-    return (all_reduce(losses) / eval_iters).tolist()
+    totals, weights = all_reduce(losses).T
+    return (totals / weights).tolist()
+
+
+def perplexity(loss):
+    """The loss of all of val.bin as papers state it: per token, and per word where the data set's prepare.py has counted them."""
+    tokens, counted = len(val_data) - 1, data_dir / 'words.json'
+    words = json.loads(counted.read_text())['val'] if counted.is_file() else 0
+    return (f"val.bin once through: perplexity {math.exp(loss):.2f} per token ({tokens:,})"
+            + (f", {math.exp(loss * tokens / words):.2f} per word ({words:,})" if words else ''))
 
 
 def get_lr(it):
@@ -426,12 +485,18 @@ def open_metrics():
 
 def record(**line):
     """A line of metrics.jsonl, and the same to wandb."""
-    global metrics
+    global metrics, run
     with writing(metrics_path):
         metrics = metrics or open_metrics()
         metrics.write(json.dumps(line) + '\n')
-    if wandb_log:
-        wandb.log(line)
+    if run:
+        try:
+            run.log(line, step=line['iter'])  # a step that wandb has already, after a kill, it keeps as it was
+        except (OSError, wandb.Error) as error:
+            say(f"wandb has stopped ({error}): {metrics_path} goes on")
+            run = None
+            with suppress(OSError, wandb.Error):  # which would be said again, at length, when Python ends
+                wandb.teardown()
 
 
 def stop_if_not_finite():
@@ -488,17 +553,22 @@ def vote():
 # -----------------------------------------------------------------------------
 # The loop
 
+run = None
 if wandb_log and keeps and master:
     try:
         import wandb
     except ImportError:
         fail("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False")
-    offline = 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False)  # nobody answers a prompt in a batch job
-    run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None,
-                     id=wandb_id, resume='allow' if wandb_id else None)
+    how = dict(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow' if wandb_id else None)
+    try:  # nobody answers a prompt in a batch job
+        why = 'not logged in' if os.environ.get('WANDB_MODE', 'online') == 'online' and not wandb.login(prompt=False) else ''
+        run = None if why else wandb.init(**how)
+    except wandb.Error as error:
+        why = ' '.join(str(error).split())[:200]
+    if not run:
+        run = wandb.init(mode='offline', **how)
+        print(f"wandb: {why}, so this run stays on disk; later: wandb login && wandb sync {shlex.quote(os.path.dirname(run.dir))}")
     wandb_id = run.id
-    if offline:
-        print(f"wandb: not logged in, so this run stays on disk; later: wandb login && wandb sync {os.path.dirname(run.dir)}")
 
 peak = peak_flops or peak_flops_of(device, dtype)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
@@ -513,13 +583,16 @@ saved_at = iter_num if source == ckpt_path else None  # the iteration of the new
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, ask_to_leave)
 model.train()
+# A person who watches gets a bar under the lines; a file or a pipe, the lines alone
+bar = tqdm(total=max_iters, initial=iter_num, leave=False, disable=None if master else True, dynamic_ncols=True, bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}')
+say = tqdm.write
 while True:
     if vote():
         moved = keeps and iter_num > start_iter
         if moved and saved_at != iter_num:
             save_checkpoint(ckpt_path if always_save_checkpoint else last_path)
         if master:
-            print(f"asked to leave before iteration {iter_num}: " + (f"all is in {out_dir}, go on with --init_from=resume" if moved
+            say(f"asked to leave before iteration {iter_num}: " + (f"all is in {out_dir}, go on with --init_from=resume" if moved
                                                                       else "nothing has changed, nothing is saved"))
         break
 
@@ -536,7 +609,9 @@ while True:
             train_loss, val_loss = losses
             improved = val_loss < best_val_loss
             if master:
-                print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+                say(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+                if config['eval_iters'] is None:
+                    say(perplexity(val_loss))
             if keeps and not math.isfinite(train_loss + val_loss):
                 stop_if_not_finite()
                 fail(f"iteration {iter_num}: the evaluated loss is not finite. Resume from the last checkpoint with a lower --learning_rate")
@@ -547,8 +622,14 @@ while True:
             if iter_num != saved_at:
                 save_checkpoint(ckpt_path if improved or always_save_checkpoint else last_path)
                 saved_at = iter_num
+            eval_seconds = time.perf_counter() - paused if at_evaluation else eval_seconds
         clock += time.perf_counter() - paused
     if eval_only or iter_num >= max_iters:
+        if keeps and master:
+            last = always_save_checkpoint and val_loss > best_val_loss
+            say(f"best val loss {best_val_loss:.4f}" + (f", but {ckpt_path} is the last model, of {val_loss:.4f}: --always_save_checkpoint=False keeps the best"
+                                                        if last else f", in {ckpt_path}"))
+            say(f"sample from it: python {typed(ROOT / 'sample.py')} --out_dir={shlex.quote(out_dir)}")
         break
 
     profiler = None
@@ -595,39 +676,37 @@ while True:
         if not profiler:
             timings.append(seconds)
         if master:
-            print(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
-                  f"{tokens_per_second:,.0f} tok/s")
+            speed = f"{tokens_per_second:,.0f} tok/s, {time_left(seconds, iter_num + 1)} left"
+            bar.set_description_str(f"loss {train_loss:.4f}, {speed}", refresh=False)
+            say(f"iter {iter_num}: loss {train_loss:.4f}, time {seconds * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed}")
             if keeps:
                 record(iter=iter_num, loss=train_loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, ms=seconds * 1000,
-                       tokens_per_second=tokens_per_second, mfu=mfu, tokens=(iter_num + 1) * tokens_per_iter)
+                       tokens_per_second=tokens_per_second, mfu=mfu, tokens=iter_num * tokens_per_iter)
         clock, iterations = time.perf_counter(), 0
     if profiler:
         paused = time.perf_counter()
         profiler.stop()
-        print(profiler.key_averages().table(sort_by=f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total", row_limit=10, max_name_column_width=50))
+        say(profiler.key_averages().table(sort_by=f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total", row_limit=10, max_name_column_width=50))
         trace = os.path.join(out_dir, 'trace.json')
         with writing(trace):
             os.makedirs(out_dir, exist_ok=True)
             profiler.export_chrome_trace(trace)
-        print(f"the whole of iteration {iter_num} is in {trace}: open it with chrome://tracing or ui.perfetto.dev")
+        say(f"the whole of iteration {iter_num} is in {trace}: open it with chrome://tracing or ui.perfetto.dev")
         clock += time.perf_counter() - paused
     loss_sum.zero_()
     iter_num += 1
+    bar.update()
 
-if wandb_log and keeps and master:
+bar.close()
+if run:
     run.finish()
 if dataset is None and master and timings:
-    timings, peak_memory = 1000 * np.array(timings[-max(1, len(timings) * 3 // 4):]), None  # the first quarter warms up
-    if device_type == 'cuda':
-        peak_memory = torch.cuda.max_memory_allocated() / 1e9
-    elif device_type == 'cpu' and os.name == 'posix':
-        import resource
-        peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-9 if sys.platform == 'darwin' else 1.024e-6)
+    timings = 1000 * np.array(timings[-max(1, len(timings) * 3 // 4):])  # the first quarter warms up
     speed = tokens_per_iter * 1000 / np.median(timings)
     print(json.dumps({
         'device': torch.cuda.get_device_name() if device_type == 'cuda' else f'{device}, {torch.get_num_threads()} threads', 'torch': torch.__version__,
         'ms': {'median': np.median(timings), 'min': timings.min(), 'max': timings.max()}, 'tokens_per_second': speed,
-        'mfu': model.estimate_mfu(speed / world_size, peak), 'peak_memory_gb': peak_memory,
+        'mfu': model.estimate_mfu(speed / world_size, peak), 'peak_memory_gb': peak_memory(),
         'settings': {**config, 'device': device, 'dtype': dtype, 'compile': compile, 'processes': world_size}}))
 if distributed:
     if ballot:

@@ -199,7 +199,7 @@ def test_every_block_once_an_epoch(run, house, tmp_path):
     characters = ''.join(map(chr, range(1000)))
     write_characters(house / 'data' / 'positions', characters, characters)
     source = (house / 'train.py').read_text(encoding='utf-8')
-    spying = source.replace('    return tokens[:, :-1]', "    if stream == 'train' and iteration < 16:\n        print(' '.join(map(str, ['drew', iteration, micro_step, *tokens[:, 0].tolist()])) + '\\n', end='')\n    return tokens[:, :-1]")
+    spying = source.replace('    X, Y = tokens[:, :-1]', "    if stream == 'train' and iteration < 16:\n        print(' '.join(map(str, ['drew', iteration, micro_step, *tokens[:, 0].tolist()])) + '\\n', end='')\n    X, Y = tokens[:, :-1]")
     assert spying != source
     (house / 'spying.py').write_text(spying, encoding='utf-8')
 
