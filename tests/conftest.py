@@ -1,8 +1,9 @@
 """
 The tests run a copy of the project in a temporary folder, so they touch neither your data nor your checkpoints.
-Two of them need files that a machine without a network gets by hand:
+Some need files that a machine without a network gets by hand:
     TINYSHAKESPEARE=…/input.txt         tiny Shakespeare
     TIKTOKEN_CACHE_DIR=…                GPT-2's BPE files as tiktoken caches them
+    WIKITEXT=…                          a folder with valid.txt and test.txt of WikiText-2
 """
 import multiprocessing
 import os
@@ -42,7 +43,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope='session')
 def house(tmp_path_factory):
-    """A copy of the project with a data set 'tiny'."""
+    """A copy of the project with data sets 'tiny', in characters, and 'bare', in GPT-2's encoding."""
     from common import write_characters
     house = tmp_path_factory.mktemp('project') / 'house'
     house.mkdir()
@@ -52,6 +53,9 @@ def house(tmp_path_factory):
     shutil.copytree(ROOT / 'data', house / 'data', ignore=shutil.ignore_patterns('*.bin', '*.pkl', '*.part', 'input.txt', '__pycache__'))
     (house / 'data' / 'tiny').mkdir()
     write_characters(house / 'data' / 'tiny', TEXT[:3000], TEXT[3000:])
+    (house / 'data' / 'bare').mkdir()  # the same ids, which without a meta.pkl are GPT-2's
+    for name in ('train.bin', 'val.bin'):
+        shutil.copy(house / 'data' / 'tiny' / name, house / 'data' / 'bare')
     return house
 
 

@@ -1,6 +1,8 @@
 """The prepare.py scripts: their figures, and what they leave behind when something goes wrong."""
 import json
+import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -291,3 +293,69 @@ def test_bins_appear_whole(tmp_path, monkeypatch):
     with pytest.raises(OverflowError):
         write_bins(tmp_path, train=[1, 70000], val=[5])  # no 16-bit id: fails after val.bin
     assert [path.name for path in tmp_path.iterdir()] == ['val.bin']
+
+
+ARTICLE = ''' 
+ = Valkyria <unk> III = 
+ 
+ Senjō no <unk> 3 : <unk> , " commonly referred " to as Teddy 's game , is a role @-@ playing game of 1 @,@ 000 @.@ 5 points ( 32 ha ) ; was it ? 
+ The actors ' play , 1987 – 90 , cost $ 5 ! ( see [ 1 ] ) 
+ 
+ = = Game <unk> = = 
+ 
+ A – B . 
+'''
+PROSE = '''
+= Valkyria <unk> III =
+
+Senjō no <unk> 3: <unk>, "commonly referred" to as Teddy's game, is a role-playing game of 1,000.5 points (32 ha); was it?
+The actors' play, 1987–90, cost $5! (see [1])
+
+== Game <unk> ==
+
+A – B.
+'''
+
+
+def test_wikitext(run, house, tmp_path, bpe):
+    """Spaces that people do not write are gone, words counted as they stood, each article a document; test becomes val.bin, or valid."""
+    texts = {'train': ARTICLE * 3, 'valid': ARTICLE, 'test': ARTICLE.replace('Teddy', 'Freddy') * 2}
+    words = len(ARTICLE.split()) + ARTICLE.count('\n')
+    for layout in ('{}.txt', 'wiki.{}.raw'):
+        folder = tmp_path / layout[:4]
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / layout.format(name)).write_text(text, encoding='utf-8')
+    run('data/wikitext/prepare.py', f"--input={tmp_path / '{}.t'}")
+    assert bpe.decode(read(house, 'wikitext', 'train').tolist()) == '\n' + '\n<|endoftext|>'.join([PROSE[1:]] * 3) + '<|endoftext|>'
+    assert bpe.decode(read(house, 'wikitext', 'val').tolist()) == ('\n' + '\n<|endoftext|>'.join([PROSE[1:]] * 2) + '<|endoftext|>').replace('Teddy', 'Freddy')
+    assert json.loads((house / 'data' / 'wikitext' / 'words.json').read_text()) == {'train': 3 * words, 'val': 2 * words}
+    run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", '--split=valid')
+    assert bpe.decode(read(house, 'wikitext', 'val').tolist()) == PROSE + '<|endoftext|>'
+    (tmp_path / 'wiki' / 'wiki.train.raw').unlink()  # the perplexity needs none
+    run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}")
+    assert bpe.decode(read(house, 'wikitext', 'train').tolist()) == PROSE + '<|endoftext|>'
+    for arguments, says in ((['--split=dev'], "split 'dev' is neither test nor valid"), (['--corpus=3'], "corpus '3' is none of"),
+                            ([f'--input={tmp_path}'], 'no train.txt, wiki.train.raw'), (['--num_workers=0'], 'num_workers must be at least 1')):
+        assert says in run('data/wikitext/prepare.py', *arguments, status=1)
+    (tmp_path / 'wiki' / 'wiki.test.raw').write_bytes(b' = \xff = \n')
+    assert 'wiki.test.raw: not UTF-8' in run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", status=1)
+    assert bpe.decode(read(house, 'wikitext', 'val').tolist()).count('Freddy') == 2  # the bins before are whole
+
+
+def test_wikitext_2(run, house, bpe):
+    """The published numbers of words, and a text that differs from the original in nothing but spaces and @."""
+    folder = os.environ.get('WIKITEXT')
+    if not folder:
+        pytest.skip("needs WikiText-2: WIKITEXT=…, a folder with valid.txt and test.txt")
+    out = run('data/wikitext/prepare.py', f'--input={folder}').stdout
+    assert 'words: 217,646 in train.bin, 245,569 in val.bin' in out
+    for name, split in (('train', 'valid'), ('val', 'test')):
+        original = open(os.path.join(folder, f'{split}.txt'), encoding='utf-8').read()
+        ours = bpe.decode(read(house, 'wikitext', name).tolist()).replace('<|endoftext|>', '')
+        squeezed = [re.sub(r'\s', '', re.sub(r' @(.)@ ', r'\1', text)) for text in (original, ours)]
+        assert squeezed[0] == squeezed[1] and ours.count('\n') == original.count('\n') and len(ours) < 0.97 * len(original)
+
+
+def test_wikitext_out_of_reach(run, house, bpe):
+    assert 'cannot download https://huggingface.co/datasets/Salesforce/wikitext' in run('data/wikitext/prepare.py', status=1, env={'HF_HUB_OFFLINE': '1'})

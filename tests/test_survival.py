@@ -133,7 +133,7 @@ def test_kills(run, start, tmp_path, request):
         process.kill()
         read += process.stdout.read()
         assert process.wait() == -signal.SIGKILL
-        printed = [int(i) for i in re.findall(r'^iter (\d+): .* tok/s$', read, re.M)]
+        printed = [int(i) for i in re.findall(r'^iter (\d+): .* left$', read, re.M)]
         saved = load(tmp_path / 'out')['iter_num']
         assert saved >= printed[-1] >= seen  # iteration i is printed after the checkpoint that stands before it
         assert printed[0] == seen
