@@ -474,7 +474,7 @@ def open_metrics():
                 try:
                     kept += [line] if json.loads(line)['iter'] < iter_num else []
                 except (ValueError, KeyError, TypeError):
-                    print(f"{metrics_path}: dropped a line that is torn: {line.strip()[:60]!r}")
+                    say(f"{metrics_path}: dropped a line that is torn: {line.strip()[:60]!r}")
     with open(f'{metrics_path}.part', 'w', encoding='utf-8') as f:
         f.writelines(kept)
         f.flush()
@@ -584,7 +584,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, ask_to_leave)
 model.train()
 # A person who watches gets a bar under the lines; a file or a pipe, the lines alone
-bar = tqdm(total=max_iters, initial=iter_num, leave=False, disable=None if master else True, dynamic_ncols=True, bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}')
+bar = tqdm(total=max_iters, initial=iter_num, leave=False, disable=None if master and not eval_only else True, dynamic_ncols=True, bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}')
 say = tqdm.write
 while True:
     if vote():

@@ -1,5 +1,5 @@
 """
-The pictures of README.md, from runs of nanoGPT's code and ours on the machine at hand, in turns: half an hour on two cores of a CPU.
+The pictures of README.md, from runs of nanoGPT's code and ours on the machine at hand: eleven minutes on two cores of a CPU.
     git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
     python data/shakespeare_char/prepare.py
     python assets/figures.py /tmp/nanoGPT

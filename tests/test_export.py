@@ -1,12 +1,14 @@
 """To transformers and back: what a stranger's AutoModelForCausalLM, AutoTokenizer and pipeline make of an exported folder."""
-import json
+import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from conftest import SMALL, TEXT
-from model import GPT, GPTConfig, read_tokenizer
+from model import GPT, GPTConfig
 
 END = '---------------\n'
 
@@ -106,3 +108,26 @@ def test_no_tokenizer(house, tmp_path):
     assert not (tmp_path / 'out').exists()
     with pytest.raises(ValueError, match='no checkpoint at'):
         GPT.from_checkpoint(tmp_path)
+
+
+def test_wikitext_perplexity(run, house, tmp_path, bpe):
+    """config/eval_wikitext.py on a folder of transformers' gives its loss over the whole of val.bin, and the perplexities that follow from it."""
+    for name in ('valid', 'test'):
+        (tmp_path / f'{name}.txt').write_text(''.join(f' = Title {n} = \n \n One , two ( {n} ) @-@ three . \n' for n in range(9)), encoding='utf-8')
+    run('data/wikitext/prepare.py', f'--input={tmp_path}')
+    torch.manual_seed(0)
+    GPT(GPTConfig(block_size=24, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)).save_pretrained(tmp_path / 'gpt')
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'gpt').eval()
+    out = run('train.py', 'config/eval_wikitext.py', f'--init_from={tmp_path / "gpt"}', '--block_size=24', '--batch_size=3', '--device=cpu').stdout
+    tokens = torch.from_numpy(np.fromfile(house / 'data' / 'wikitext' / 'val.bin', dtype='<u2').astype(np.int64))
+    total = 0.0
+    for i in range(0, len(tokens) - 1, 24):
+        window = tokens[i:i + 25]
+        with torch.no_grad():
+            logits = theirs(window[None, :-1]).logits[0].double()
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction='sum').item()
+    words = 9 * (4 + 9 + 3)
+    found = re.search(r'^val.bin once through: perplexity ([\d.]+) per token \(([\d,]+)\), ([\d.]+) per word \((\d+)\)$', out, re.M).groups()
+    assert int(found[1]) == len(tokens) - 1 and int(found[3]) == words
+    assert float(found[0]) == pytest.approx(math.exp(total / (len(tokens) - 1)), rel=1e-3)
+    assert float(found[2]) == pytest.approx(math.exp(total / words), rel=1e-3)

@@ -1,6 +1,9 @@
-"""Every command of README.md: its files exist, its keys are real, and what needs neither network nor GPUs is run, shortened."""
+"""Every command of README.md and README.zh-CN.md: its files exist, its keys are real, and what needs neither network nor GPUs is run, shortened."""
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -13,7 +16,7 @@ NOT_RUN = {
     r'-m pytest': 'these tests themselves',
     r'prepare.py --files|custom/prepare.py|wiki[-_]zh': 'the data of its user: tests/test_data.py runs them on its own',
     r'openwebtext/prepare.py': 'network',
-    r'finetune_shakespeare|out-shakespeare$|gpt2-xl|eval_gpt2': "network: GPT-2's weights",
+    r'finetune_shakespeare|out-shakespeare$|gpt2-xl|eval_gpt2|wikitext': "network: GPT-2's weights, WikiText; tests/test_export.py has the latter's config",
     r'--nproc_per_node=8': 'eight GPUs',
 }
 # Added at the end, where it wins: seconds instead of hours, and a data set that is always here
@@ -28,9 +31,12 @@ SHORT = {
 }
 
 
-def commands():
+PAGES = {name: (ROOT / name).read_text(encoding='utf-8') for name in ('README.md', 'README.zh-CN.md')}
+
+
+def commands(page='README.md'):
     """The commands of all sh blocks, in order, those joined by && apart."""
-    blocks = re.findall(r'^```sh\n(.*?)^```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M | re.S)
+    blocks = re.findall(r'^```sh\n(.*?)^```', PAGES[page], re.M | re.S)
     return [part.strip() for block in blocks for line in block.splitlines() for part in line.split('&&')]
 
 
@@ -44,7 +50,7 @@ def parse(command):
     return None if at is None else (stdin, ranks, words[at], words[at + 1:])
 
 
-@pytest.mark.parametrize('command', dict.fromkeys(command for command in commands() if parse(command)))
+@pytest.mark.parametrize('command', dict.fromkeys(command for page in PAGES for command in commands(page) if parse(command)))
 def test_keys(monkeypatch, command):
     _, _, script, arguments = parse(command)
     assert command.startswith(('python ', 'torchrun ', 'echo ')) and (ROOT / script).is_file()
@@ -60,6 +66,12 @@ def test_commands_run(run, house, with_text, bpe):
     for command in commands():
         if any(re.search(pattern, command) for pattern in NOT_RUN):
             continue
+        if command.startswith('python -c '):
+            out = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=house, env={**os.environ, 'PYTHONIOENCODING': 'utf-8'},
+                                 stdout=subprocess.PIPE, encoding='utf-8', check=True).stdout
+            assert out.startswith('class ') or 'pipeline' not in command
+            done.append('python')
+            continue
         stdin, ranks, script, arguments = parse(command)  # a command of another kind would need a line in NOT_RUN
         extra = next((words.split() for name, words in SHORT.items() if name in command), [])
         out = run(script, *arguments, *([] if '--help' in arguments else extra), ranks=ranks, stdin=stdin, cwd=house).stdout
@@ -68,8 +80,21 @@ def test_commands_run(run, house, with_text, bpe):
     assert done.count('train.py') >= 6 and done.count('sample.py') >= 6 and 'data/python_char/prepare.py' in done
 
 
-def test_links():
-    """Files that README.md links to are there, and every figure has been filled in."""
-    assert not re.search(r'@[A-Z_]+@', (ROOT / 'README.md').read_text(encoding='utf-8'))
-    links = re.findall(r'\]\((?!https?:)([^)#]+)\)', (ROOT / 'README.md').read_text(encoding='utf-8'))
-    assert links and all((ROOT / link).exists() for link in links)
+def test_pages_agree():
+    """The Chinese page has the same commands, the same tables and the same figures as the English one."""
+    english, chinese = PAGES.values()
+    assert commands('README.md') == commands('README.zh-CN.md')
+    number = r'\d+(?:[.,]\d+)*'
+    tables = [[(line.count('|'), sorted(re.findall(number, line))) for line in page.splitlines() if line.startswith('|')] for page in (english, chinese)]
+    assert tables[0] == tables[1]
+    assert set(re.findall(number, english)) == set(re.findall(number, chinese))
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links(page):
+    """Files and headings that a page links to are there, and every figure has been filled in."""
+    text = PAGES[page]
+    assert not re.search(r'@[A-Z_]+@', text)
+    links = re.findall(r'\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)', text)
+    headings = {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in re.findall(r'^##+ (.*)$', text, re.M)}  # as GitHub names them
+    assert links and all((ROOT / link).exists() if link else anchor in headings for link, anchor in links)

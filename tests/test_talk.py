@@ -109,7 +109,6 @@ def test_whole_validation(run, house, tmp_path):
     import torch
     folder = house / 'data' / 'counted'
     folder.mkdir(exist_ok=True)
-    text = (house / 'data' / 'tiny' / 'val.bin').read_bytes()
     alphabet = 'abcdefghij'
     write_characters(folder, alphabet * 30, alphabet * 9 + 'abc')
     (folder / 'words.json').write_text(json.dumps({'train': 60, 'val': 31}))
@@ -179,13 +178,15 @@ def test_wandb_history(house, tmp_path, ranks):
     assert process.wait() == (1 if ranks else 0), errors
     said = re.search(r'^wandb: not logged in, so this run stays on disk; later: wandb login && wandb sync (\S+)$', ''.join(lines), re.M)
     assert os.path.isdir(said[1])
-    done = subprocess.run([*arguments, '--max_iters=80'], cwd=tmp_path, capture_output=True, text=True, env=env)
+    end = int(re.search(r'^asked to leave before iteration (\d+)', ''.join(lines), re.M)[1]) + 25
+    done = subprocess.run([*arguments, f'--max_iters={end}'], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     (name, first), (again, second) = offline_runs(tmp_path)
     assert name == again and first and second
     metrics = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]
     history = first + second
-    assert [i for i, _ in points(history, 'val/loss')] == list(range(0, 81, 10)) and [i for i, _ in points(history, 'loss')] == list(range(0, 80, 2))
+    assert [i for i, _ in points(history, 'val/loss')] == sorted({*range(0, end, 10), end})
+    assert [i for i, _ in points(history, 'loss')] == list(range(0, end, 2))
     for key in ('val/loss', 'train/loss', 'loss', 'lr', 'grad_norm', 'tokens_per_second'):
         assert points(history, key) == [pair for n, pair in enumerate(points(metrics, key)) if key != 'lr' or pair not in points(metrics, key)[:n]]
     assert [line['_step'] for line in history] == [line['iter'] for line in history]
