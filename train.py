@@ -370,13 +370,12 @@ checkpoint = None  # frees its memory
 # compile, then spread over the processes
 
 def trial():
-    """A micro-step without consequences; how long it took, in seconds."""
+    """A micro-step of which only the gradients remain; how long it took, in seconds."""
     started = time.perf_counter()
     with autocast:
         loss = model(*get_batch('train', iter_num, rank))[1]
     loss.backward()
     loss.item()  # waits for the device
-    model.zero_grad(set_to_none=True)
     return time.perf_counter() - started
 
 
@@ -399,16 +398,20 @@ if compile:
     started = time.perf_counter()
     failed = compile_method(model, 'forward', trial)  # compilers fail at the first call, so make that here
     compile = not failed
+    model.zero_grad(set_to_none=True)
     if master:
         print(failed or f"compiled in {time.perf_counter() - started:.0f} s")
 eval_seconds = 0.0                  # how long an evaluation and its checkpoint take
 if keeps and iter_num < max_iters:  # what to expect, before anybody waits for it
     trial()                         # warms up
+    if gradient_accumulation_steps == world_size:
+        model.zero_grad(set_to_none=True)  # else the gradients stand beside the next micro-step
     seconds = trial()
+    model.zero_grad(set_to_none=True)
     eval_seconds = seconds / 3 * 2 * math.ceil(eval_iters / world_size)  # a forward pass is a third of a micro-step
-    moments = 0 if optimizer.state else sum(p.numel() * (4 if group.get('parts') else 8) for group in optimizer.param_groups for p in group['params'])
+    moments = 0 if optimizer.state else (8e-9 + 4e-9 * distributed) * model.get_num_params(False)  # GB, of AdamW in float32; DDP copies the gradients
     if master:
-        print("estimated: " + (f"{peak_memory() + moments / 1e9:.1f} GB of memory{' in each process' * distributed}, " if peak_memory() else '')
+        print("estimated: " + (f"{peak_memory() + moments:.1f} GB of memory{' in each process' * distributed}, " if peak_memory() else '')
               + f"{time_left(seconds * gradient_accumulation_steps / world_size, iter_num)} to the end")
 ddp_model = model
 if distributed:

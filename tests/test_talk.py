@@ -36,11 +36,11 @@ def test_before_and_after(run, house, tmp_path):
 
 def test_best_is_not_the_last(run, tmp_path):
     """Where ckpt.pt is not the best model, the last words say so."""
-    worse = ['--max_iters=12', '--eval_interval=6', '--learning_rate=0.3', '--grad_clip=0.0', '--decay_lr=False']
+    worse = ['--max_iters=2', '--learning_rate=1.0', '--grad_clip=0.0', '--decay_lr=False']
     for keep, says in ((True, r'^best val loss ([\d.]+), but out/ckpt\.pt is the last model, of ([\d.]+): --always_save_checkpoint=False keeps the best$'),
                        (False, r'^best val loss ([\d.]+), in out/ckpt\.pt$')):
         out = run('train.py', *SMALL, *worse, f'--always_save_checkpoint={keep}').stdout
-        losses = [float(loss) for loss in re.findall(r'val loss ([\d.]+)$', out, re.M)[:3]]
+        losses = [float(loss) for loss in re.findall(r'val loss ([\d.]+)$', out, re.M)[:2]]
         found = [float(loss) for loss in re.search(says, out, re.M).groups()]
         assert min(losses) < losses[-1] and found == [min(losses), losses[-1]][:len(found)]
 
@@ -99,7 +99,7 @@ def test_progress_bar(house, tmp_path, how):
         assert '\r' not in out
     else:
         assert bars == sorted(bars) and {0, 40} <= set(bars), screen
-        assert re.search(r'\r40/40 .{20} loss [\d.]+, [\d,]+ tok/s, 0:00:0\d left\r', screen)
+        assert re.search(r'\r40/40 .{20} loss [\d.]+, [\d,]+ tok/s, 0:\d\d:\d\d left\r', screen)
         assert re.search(r'\reval-val: +\d+%\|.*\| \d+/30', screen)  # evaluations show how far they are
 
 
