@@ -450,9 +450,11 @@ def estimate_loss():
 def perplexity(loss):
     """The loss of all of val.bin as papers state it: per token, and per word where the data set's prepare.py has counted them."""
     tokens, counted = len(val_data) - 1, data_dir / 'words.json'
-    words = json.loads(counted.read_text())['val'] if counted.is_file() else 0
-    return (f"val.bin once through: perplexity {math.exp(loss):.2f} per token ({tokens:,})"
-            + (f", {math.exp(loss * tokens / words):.2f} per word ({words:,})" if words else ''))
+
+    def per(count, unit):
+        nats = loss * tokens / count
+        return f"{math.exp(nats) if nats < 99 else math.inf:.2f} per {unit} ({count:,})"
+    return f"val.bin once through: perplexity {per(tokens, 'token')}" + (f", {per(json.loads(counted.read_text())['val'], 'word')}" if counted.is_file() else '')
 
 
 def get_lr(it):
@@ -488,18 +490,24 @@ def open_metrics():
 
 def record(**line):
     """A line of metrics.jsonl, and the same to wandb."""
-    global metrics, run
+    global metrics
     with writing(metrics_path):
         metrics = metrics or open_metrics()
         metrics.write(json.dumps(line) + '\n')
-    if run:
-        try:
-            run.log(line, step=line['iter'])  # a step that wandb has already, after a kill, it keeps as it was
-        except (OSError, wandb.Error) as error:
-            say(f"wandb has stopped ({error}): {metrics_path} goes on")
-            run = None
-            with suppress(OSError, wandb.Error):  # which would be said again, at length, when Python ends
-                wandb.teardown()
+    to_wandb('log', line, step=line['iter'])  # a step that wandb has already, after a kill, it keeps as it was
+
+
+def to_wandb(method, *arguments, **more):
+    """Calls a method of the run at Weights & Biases, if there is one. Should wandb fail, a line says so and the training goes on."""
+    global run
+    try:
+        if run:
+            getattr(run, method)(*arguments, **more)
+    except (OSError, wandb.Error) as error:
+        say(f"wandb has stopped ({error}): {metrics_path} has all")
+        run = None
+        with suppress(OSError, wandb.Error):  # which would be said again, at length, when Python ends
+            wandb.teardown()
 
 
 def stop_if_not_finite():
@@ -701,8 +709,7 @@ while True:
     bar.update()
 
 bar.close()
-if run:
-    run.finish()
+to_wandb('finish')
 if dataset is None and master and timings:
     timings = 1000 * np.array(timings[-max(1, len(timings) * 3 // 4):])  # the first quarter warms up
     speed = tokens_per_iter * 1000 / np.median(timings)

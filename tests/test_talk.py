@@ -208,7 +208,7 @@ def test_wandb_dies(house, tmp_path):
     errors = process.stderr.read()
     assert process.wait() == 0, errors
     assert 'Traceback' not in errors, errors
-    assert sum('wandb has stopped' in line for line in lines) == 1 and lines[-1].startswith('sample from it')
+    assert sum('wandb has stopped' in line and 'metrics.jsonl has all' in line for line in lines) == 1 and lines[-1].startswith('sample from it')
     assert len((tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()) == 304
 
 
