@@ -403,9 +403,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, dropout=None):
-        """The model in a folder with a ckpt.pt, or in what read_checkpoint returned, nanoGPT's or ours; on the CPU. Raises ValueError."""
+        """The model in a folder with a ckpt.pt, in such a file, or in what read_checkpoint returned, nanoGPT's or ours; on the CPU. Raises ValueError."""
         if not isinstance(checkpoint, dict):
-            checkpoint = read_checkpoint(Path(checkpoint) / 'ckpt.pt')
+            path = Path(checkpoint)
+            checkpoint = read_checkpoint(path if path.is_file() else path / 'ckpt.pt')
         args = dict(checkpoint['model_args'])
         if dropout is not None:
             args['dropout'] = dropout
@@ -461,15 +462,18 @@ class GPT(nn.Module):
         spec = self.tokens if isinstance(self.tokens, dict) else read_tokenizer(self.tokens)
         tokenizer = Tokenizer(spec) if spec['kind'] != 'gpt2' or self.config.vocab_size >= 50257 else None
         if tokenizer is None or tokenizer.size > self.config.vocab_size:
-            raise ValueError(f"the model has {self.config.vocab_size} tokens, but which? Put the meta.pkl or tokenizer.json of its data set into "
-                             f"{'its folder' if self.tokens is spec else self.tokens}")
+            raise ValueError(f"the model has {self.config.vocab_size} tokens, but which? "
+                             + ("Set model.tokens to the folder of its data set" if self.tokens is spec else
+                                f"Put the meta.pkl or tokenizer.json of its data set into {self.tokens}"))
         return tokenizer
 
     def save_pretrained(self, folder):
         """
         Writes the model and its tokenizer as a GPT-2 of transformers, with the same logits to the last bit in float32. Without
-        biases it gets zeros there and a word in config.json, by which from_pretrained finds the same state dict again.
+        biases it gets zeros there and a word in config.json, by which from_pretrained finds the same state dict again. Raises ValueError.
         """
+        if any(module.weight is None for module in self.modules() if isinstance(module, nn.Linear)):
+            raise ValueError("for_sampling has laid out the weights for this CPU: save the model before it")
         from safetensors.torch import save_file
         c, tokenizer, folder = self.config, self.tokenizer(), Path(folder)
         weights = {}

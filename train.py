@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import GPT, GPT2_SIZES, GPTConfig, Tokenizer, choose_device, compile_method, peak_flops_of, read_checkpoint, read_tokenizer
+from model import GPT, GPT2_SIZES, GPTConfig, Tokenizer, choose_device, compile_method, one_line, peak_flops_of, read_checkpoint, read_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -146,6 +147,9 @@ def last_words(kind, error, trace):
         fail(f"rank {rank}: lost the other ranks, or cannot reach them ({' '.join(str(error).split())[:200]}): nothing saved, go on with --init_from=resume")
     elif isinstance(error, torch.OutOfMemoryError):
         leave(1, f"rank {rank}: out of memory on {device}: halve --batch_size and double --gradient_accumulation_steps, or shorten --block_size")
+    elif isinstance(error, BrokenPipeError):  # python train.py … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        leave(1, "nobody reads this run's output any more; go on with --init_from=resume")
     elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, trace)
 
@@ -310,6 +314,11 @@ try:
         if init_from in GPT2_SIZES and spec['kind'] != 'gpt2':
             raise ValueError(f"{data_dir} is not in the encoding that {init_from} reads: prepare it with GPT-2's, or start with --init_from=scratch")
         model = GPT.from_pretrained(init_from, dropout=dropout)
+        if (Path(init_from) / 'tokenizer.json').is_file():
+            theirs, ours = model.tokenizer(), Tokenizer(spec) if spec['kind'] != 'gpt2' else None
+            every = ours.decode(list(range(ours.size))) if ours else ''
+            if ours and theirs.encode(every) != ours.encode(every) or not ours and theirs.size != 50257:
+                raise ValueError(f"{data_dir} was prepared with another tokenizer than the one in {init_from}")
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
     model.to(device).activation_checkpointing = activation_checkpointing
@@ -390,8 +399,9 @@ def peak_memory():
 
 def time_left(seconds, done):
     """What remains after `done` iterations of so many seconds each, evaluations included, as h:mm:ss."""
-    evaluations = len(range(math.ceil(done / eval_interval) * eval_interval, max_iters, eval_interval)) + 1 if keeps else 0
-    return timedelta(seconds=round((max_iters - done) * seconds + evaluations * eval_seconds))
+    evaluations = math.ceil(max_iters / eval_interval) - math.ceil(done / eval_interval) + 1 if keeps else 0
+    minutes, seconds = divmod(round((max_iters - done) * seconds + evaluations * eval_seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 if compile:
@@ -449,12 +459,16 @@ def estimate_loss():
 
 def perplexity(loss):
     """The loss of all of val.bin as papers state it: per token, and per word where the data set's prepare.py has counted them."""
-    tokens, counted = len(val_data) - 1, data_dir / 'words.json'
+    tokens = len(val_data) - 1
+    try:
+        words = json.loads((data_dir / 'words.json').read_text())['val']
+    except (OSError, ValueError, KeyError, TypeError):
+        words = 0
 
     def per(count, unit):
         nats = loss * tokens / count
         return f"{math.exp(nats) if nats < 99 else math.inf:.2f} per {unit} ({count:,})"
-    return f"val.bin once through: perplexity {per(tokens, 'token')}" + (f", {per(json.loads(counted.read_text())['val'], 'word')}" if counted.is_file() else '')
+    return f"val.bin once through: perplexity {per(tokens, 'token')}" + (f", {per(words, 'word')}" if words else '')
 
 
 def get_lr(it):
@@ -471,13 +485,17 @@ def get_lr(it):
 
 
 def open_metrics():
-    """metrics.jsonl, to go on behind the lines that stand before the checkpoint: a resumed run repeats the others."""
+    """metrics.jsonl, to go on behind the lines that stand before the checkpoint: a resumed run repeats the others, and wandb has them."""
     kept = []
     if source and os.path.exists(metrics_path):
         with open(metrics_path, encoding='utf-8') as f:
             for line in f:
                 try:
-                    kept += [line] if json.loads(line)['iter'] < iter_num else []
+                    old = json.loads(line)
+                    if old['iter'] < iter_num:
+                        kept.append(line)
+                    else:
+                        repeated.add((old['iter'], 'loss' in old))
                 except (ValueError, KeyError, TypeError):
                     say(f"{metrics_path}: dropped a line that is torn: {line.strip()[:60]!r}")
     with open(f'{metrics_path}.part', 'w', encoding='utf-8') as f:
@@ -494,7 +512,8 @@ def record(**line):
     with writing(metrics_path):
         metrics = metrics or open_metrics()
         metrics.write(json.dumps(line) + '\n')
-    to_wandb('log', line, step=line['iter'])  # a step that wandb has already, after a kill, it keeps as it was
+    if run and not (wandb_resumes and (line['iter'], 'loss' in line) in repeated):
+        to_wandb('log', line, step=line['iter'])
 
 
 def to_wandb(method, *arguments, **more):
@@ -503,10 +522,10 @@ def to_wandb(method, *arguments, **more):
     try:
         if run:
             getattr(run, method)(*arguments, **more)
-    except (OSError, wandb.Error) as error:
-        say(f"wandb has stopped ({error}): {metrics_path} has all")
+    except Exception as error:  # of many kinds, and never worth a run
+        say(f"wandb has stopped ({one_line(error)}): {metrics_path} has all")
         run = None
-        with suppress(OSError, wandb.Error):  # which would be said again, at length, when Python ends
+        with suppress(Exception):  # the same again, at length, which would otherwise come when Python ends
             wandb.teardown()
 
 
@@ -564,22 +583,28 @@ def vote():
 # -----------------------------------------------------------------------------
 # The loop
 
-run = None
+run, repeated = None, set()                           # repeated: (iteration, whether it is of a log line) that an earlier part of the run has recorded
 if wandb_log and keeps and master:
     try:
         import wandb
-    except ImportError:
+        wandb.init  # the folder of that name, which its runs leave, can be imported too
+    except (ImportError, AttributeError):
         fail("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False")
-    how = dict(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow' if wandb_id else None)
-    try:  # nobody answers a prompt in a batch job
-        why = 'not logged in' if os.environ.get('WANDB_MODE', 'online') == 'online' and not wandb.login(prompt=False) else ''
-        run = None if why else wandb.init(**how)
-    except wandb.Error as error:
-        why = ' '.join(str(error).split())[:200]
+    why = ''
+    for mode in (None, 'offline'):
+        try:
+            if not mode and os.environ.get('WANDB_MODE', 'online') == 'online' and not wandb.login(prompt=False):  # nobody answers a prompt in a batch job
+                why = 'not logged in'
+                continue
+            run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow' if wandb_id else None, mode=mode)
+            break
+        except Exception as error:  # of many kinds
+            why = one_line(error).rstrip('.')
     if not run:
-        run = wandb.init(mode='offline', **how)
+        fail(f"wandb does not start ({why}): --wandb_log=False trains without it")
+    if mode:
         print(f"wandb: {why}, so this run stays on disk; later: wandb login && wandb sync {shlex.quote(os.path.dirname(run.dir))}")
-    wandb_id = run.id
+    wandb_resumes, wandb_id = run.id == wandb_id, run.id
 
 peak = peak_flops or peak_flops_of(device, dtype)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
@@ -591,10 +616,12 @@ timings = []                                          # seconds per iteration, o
 clock, iterations = time.perf_counter(), 0            # since the last log line; evaluations and checkpoints stop the clock
 start_iter, ballot, metrics = iter_num, None, None
 saved_at = iter_num if source == ckpt_path else None  # the iteration of the newest checkpoint of this run
+held = None                                           # the validation loss of what it has written to ckpt.pt
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, ask_to_leave)
 model.train()
 # A person who watches gets a bar under the lines; a file or a pipe, the lines alone
+tqdm.set_lock(RLock())  # its own is one for several processes, which Python misses when they end by os._exit
 bar = tqdm(total=max_iters, initial=iter_num, leave=False, disable=None if master and not eval_only else True, dynamic_ncols=True, bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}')
 say = tqdm.write
 while True:
@@ -604,7 +631,7 @@ while True:
             save_checkpoint(ckpt_path if always_save_checkpoint else last_path)
         if master:
             say(f"asked to leave before iteration {iter_num}: " + (f"all is in {out_dir}, go on with --init_from=resume" if moved
-                                                                      else "nothing has changed, nothing is saved"))
+                                                                    else "nothing has changed, nothing is saved"))
         break
 
     at_evaluation = eval_only or keeps and (iter_num % eval_interval == 0 or iter_num >= max_iters)
@@ -633,14 +660,14 @@ while True:
             if iter_num != saved_at:
                 save_checkpoint(ckpt_path if improved or always_save_checkpoint else last_path)
                 saved_at = iter_num
+                held = val_loss if improved or at_evaluation and always_save_checkpoint else held
             eval_seconds = time.perf_counter() - paused if at_evaluation else eval_seconds
         clock += time.perf_counter() - paused
     if eval_only or iter_num >= max_iters:
         if keeps and master:
-            last = always_save_checkpoint and val_loss > best_val_loss
-            say(f"best val loss {best_val_loss:.4f}" + (f", but {ckpt_path} is the last model, of {val_loss:.4f}: --always_save_checkpoint=False keeps the best"
-                                                        if last else f", in {ckpt_path}"))
-            say(f"sample from it: python {typed(ROOT / 'sample.py')} --out_dir={shlex.quote(out_dir)}")
+            say(f"best val loss {best_val_loss:.4f}" + ('' if held is None else f", in {ckpt_path}" if held <= best_val_loss else
+                                                        f", but {ckpt_path} is the last model, of {held:.4f}: --always_save_checkpoint=False keeps the best"))
+            say(f"sample from it: python {shlex.quote(str(typed(ROOT / 'sample.py')))} --out_dir={shlex.quote(out_dir)}")
         break
 
     profiler = None
@@ -709,7 +736,6 @@ while True:
     bar.update()
 
 bar.close()
-to_wandb('finish')
 if dataset is None and master and timings:
     timings = 1000 * np.array(timings[-max(1, len(timings) * 3 // 4):])  # the first quarter warms up
     speed = tokens_per_iter * 1000 / np.median(timings)
@@ -723,4 +749,6 @@ if distributed:
         ballot[0].wait()
     dist.barrier(group=voters)  # until the last checkpoint is written
     dist.destroy_process_group()
+to_wandb('finish')  # which may take its time: nobody waits for it any more
+if distributed:
     leave(0)

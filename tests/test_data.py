@@ -336,8 +336,13 @@ def test_wikitext(run, house, tmp_path, bpe):
     run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}")
     assert bpe.decode(read(house, 'wikitext', 'train').tolist()) == PROSE + '<|endoftext|>'
     for arguments, says in ((['--split=dev'], "split 'dev' is neither test nor valid"), (['--corpus=3'], "corpus '3' is none of"),
-                            ([f'--input={tmp_path}'], 'no train.txt, wiki.train.raw'), (['--num_workers=0'], 'num_workers must be at least 1')):
+                            ([f'--input={tmp_path}'], 'no train.txt or valid.txt in there, nor wiki.train.raw'), (['--num_workers=0'], 'num_workers must be at least 1')):
         assert says in run('data/wikitext/prepare.py', *arguments, status=1)
+    (tmp_path / 'wiki' / 'wiki.test.raw').write_bytes(texts['test'].replace('\n', '\r\n').encode())  # as Windows saves it
+    run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}")
+    assert bpe.decode(read(house, 'wikitext', 'val').tolist()).count('<|endoftext|>') == 2
+    (tmp_path / 'wiki' / 'wiki.test.raw').write_text('')
+    assert 'an empty text' in run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", status=1)
     (tmp_path / 'wiki' / 'wiki.test.raw').write_bytes(b' = \xff = \n')
     assert 'wiki.test.raw: not UTF-8' in run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", status=1)
     assert bpe.decode(read(house, 'wikitext', 'val').tolist()).count('Freddy') == 2  # the bins before are whole

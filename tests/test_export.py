@@ -100,12 +100,26 @@ def test_padded_ids(tmp_path, bpe):
     assert theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, max_new_tokens=20).max() < 50257
 
 
+def test_another_tokenizer(run, house, data, bpe, tmp_path):
+    """Fine-tuning an export on tokens that mean something else is refused, on its own it goes on."""
+    run('train.py', *SMALL, '--dataset=xchar', '--max_iters=1')
+    GPT.from_checkpoint(tmp_path / 'out' / 'ckpt.pt').save_pretrained(tmp_path / 'export')
+    for dataset in ('tiny', 'xbpe', 'xgpt2'):
+        error = run('train.py', *SMALL, f'--dataset={dataset}', '--init_from=export', status=1)
+        assert 'was prepared with another tokenizer than the one in export' in error or 'cannot read' in error
+    run('train.py', *SMALL, '--dataset=xchar', '--init_from=export', '--out_dir=more', '--max_iters=1')
+
+
 def test_no_tokenizer(house, tmp_path):
     """A model whose tokens nobody explained says so."""
     model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=1, n_embd=8))
     with pytest.raises(ValueError, match='the model has 65 tokens, but which'):
         model.save_pretrained(tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+    model.tokens = house / 'data' / 'tiny'
+    model.save_pretrained(tmp_path / 'out')
+    with pytest.raises(ValueError, match='save the model before'):
+        model.for_sampling('cpu', torch.float32).save_pretrained(tmp_path / 'packed')
     with pytest.raises(ValueError, match='no checkpoint at'):
         GPT.from_checkpoint(tmp_path)
 

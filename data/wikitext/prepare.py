@@ -61,9 +61,9 @@ def lines_of(*names):
         return [line or ' \n' for line in documents[names[0].replace('valid', 'validation')]['text']]
     paths = [path for name in names for path in sorted(Path(input).glob('*')) if re.fullmatch(rf'(wiki\.)?{name}\.(txt|raw|tokens)', path.name)]
     if not paths:
-        sys.exit(f"--input={input}: no {names[0]}.txt, wiki.{names[0]}.raw or wiki.{names[0]}.tokens in there")
+        sys.exit(f"--input={input}: no {' or '.join(f'{name}.txt' for name in names)} in there, nor wiki.{names[0]}.raw or .tokens")
     try:
-        with open(paths[0], encoding='utf-8', newline='\n') as f:
+        with open(paths[0], encoding='utf-8') as f:
             return list(f)
     except UnicodeDecodeError as error:
         sys.exit(f"{paths[0]}: not UTF-8 ({error.reason}, byte {error.start})")
@@ -78,8 +78,10 @@ if not input:
                  "where there is a network, then run this with --input=FOLDER")
 encode, end = gpt2_bpe()
 texts = {'train': lines_of('train', 'valid' if split == 'test' else 'test'), 'val': lines_of(split)}
-(HERE / 'words.json').unlink(missing_ok=True)
 words = {name: sum(len(line.split()) + 1 for line in lines) for name, lines in texts.items()}  # with the ends of lines, as Merity et al. count
+if not all(words.values()):
+    sys.exit(f"--input={input}: an empty text")
+(HERE / 'words.json').unlink(missing_ok=True)
 texts = {name: list(articles(lines)) for name, lines in texts.items()}
 write_documents(HERE, encode, end, num_workers, **{name: (len(found), ([text] for text in found)) for name, found in texts.items()})
 with whole(HERE / 'words.json') as f:
