@@ -24,7 +24,7 @@ os.environ['OMP_NUM_THREADS'] = '1'  # the networks are tiny, and threads of sev
 
 FORKS = multiprocessing.get_context('forkserver' if os.name == 'posix' else 'spawn')
 if os.name == 'posix':
-    FORKS.set_forkserver_preload(['torch', 'numpy', 'datasets'])
+    FORKS.set_forkserver_preload(['torch', 'numpy', 'datasets', 'transformers.models.gpt2.modeling_gpt2'])
 
 TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in enumerate(
     (a, b, c) for a in ('quick', 'lazy', 'small', 'green') for b in ('fox jumps', 'dog walks', 'bird flies', 'cat runs')
@@ -38,7 +38,7 @@ SMALL = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_emb
 
 
 def pytest_addoption(parser):
-    parser.addoption('--kills', type=int, default=12, help='how often test_kills kills a run')
+    parser.addoption('--kills', type=int, default=8, help='how often test_kills kills a run')
 
 
 @pytest.fixture(scope='session')
@@ -77,7 +77,7 @@ def run(house, tmp_path):
     """
     run('train.py', '--key=value', …) as a user would, from an empty folder; fails unless the exit status is `status`.
     With status 1 there must be one line on stderr and no traceback; it is returned. With ranks=N under torchrun.
-    Otherwise the process is forked off one that has imported torch and datasets already, which saves seconds each.
+    Otherwise the process is forked off one that has imported torch, datasets and transformers already, which saves seconds each.
     """
     def run(script, *arguments, status=0, ranks=0, env={}, stdin='', cwd=tmp_path, timeout=300):
         script, arguments, env = str(house / script), [str(argument) for argument in arguments], {**os.environ, 'PYTHONIOENCODING': 'utf-8', **env}

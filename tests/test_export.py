@@ -69,7 +69,7 @@ def data(house, tmp_path_factory):
 @pytest.mark.parametrize('kind', ('char', 'gpt2', 'bpe'))
 def test_a_trained_model(run, house, data, bpe, tmp_path, kind):
     """The documented one-liner; the tokenizer's ids and texts, the pipeline's greedy text and sample.py's are ours, from the export too."""
-    run('train.py', *SMALL, f'--dataset=x{kind}', '--max_iters=30', '--eval_interval=30', '--block_size=48', '--n_layer=1')
+    run('train.py', *SMALL, f'--dataset=x{kind}', '--max_iters=20', '--eval_interval=20', '--eval_iters=1', '--block_size=48', '--n_layer=1', '--batch_size=1')
     model = GPT.from_checkpoint(tmp_path / 'out')
     model.save_pretrained(tmp_path / 'export')
     ours, theirs = model.tokenizer(), AutoTokenizer.from_pretrained(tmp_path / 'export')
