@@ -1,88 +1,95 @@
 def _configure(script):
     """
-    Config files and --key=value become the globals of the script that executes this file:
-
-        python train.py config/train_shakespeare_char.py --batch_size=32 --out_dir=out-try
-
-    A script assigns its defaults and then says exec((folder / 'configurator.py').read_text()).
-    Every global that holds a bool, int, float, str or None and does not begin with '_' is a key;
-    one annotated `int | None` takes None as well. Later arguments win. A config file is Python, sees
-    the keys above it and may compute with them. Afterwards the global `config` is a dict of all keys.
-    Mistakes end in one line and exit status 1.
+    Config files and --key=value arguments become globals of the script that executes this file. A global that
+    holds a bool, int, float, str or None and does not begin with '_' is a key. It takes the type of its
+    default, or what its annotation says: `int | None`, `Literal['adamw', 'muon']`. Later arguments win. A
+    config file is Python, sees the keys above it and may compute with them. Afterwards `config` is a dict of
+    all keys, and `given_keys` the set of those assigned here. Mistakes end in one line and exit status 1.
     """
-    import ast, builtins, difflib, math, os, re, sys, time  # here, so that the script's globals stay its own
+    import builtins  # imported in here, so that the script's globals stay its own
+    import difflib
+    import os
+    import re
+    import sys
+    import time
+    from contextlib import suppress
     from pathlib import Path
+    from typing import Union, get_args
 
-    defaults = {key: value for key, value in script.items()
-                if key[0] != '_' and isinstance(value, (bool, int, float, str, type(None)))}
-    config = dict(defaults)
+    scalars = {bool: 'bool (True or False)', int: 'int', float: 'float', str: 'str', type(None): 'None'}
+    defaults = {key: value for key, value in script.items() if key[0] != '_' and type(value) in scalars}
+    given, ignored, first_process = {}, {}, os.environ.get('LOCAL_RANK', '0') == '0'
+    takes, described = {}, {}  # of a key, [int, NoneType] and 'int or None', or ['a', 'b'] and 'a or b'
+    for key, value in defaults.items():
+        hint = script.get('__annotations__', {}).get(key, Union[*scalars] if value is None else type(value))
+        hint = eval(hint, script) if isinstance(hint, str) else hint
+        takes[key] = [item for part in get_args(hint) or [hint] for item in get_args(part) or [part]]
+        described[key] = ' or '.join(scalars.get(item, str(item)) for item in takes[key])
 
-    def fail(message):
-        if os.environ.get('LOCAL_RANK', '0') != '0':  # under torchrun one a machine speaks, and ends first
-            time.sleep(10)
-            sys.exit(1)
-        sys.exit(message)
+    def fail(source, message):
+        time.sleep(0 if first_process else 10)  # torchrun ends all when one ends: the first prints
+        sys.exit(' '.join(f"{source}: {message}".split()) if first_process else 1)
 
-    def kinds(key):  # the types that a key takes, by name: ['int'], or ['int', 'None']
-        guess = 'Any | None' if defaults[key] is None else type(defaults[key]).__name__
-        hint = script.get('__annotations__', {}).get(key, guess)
-        return (hint.__name__ if isinstance(hint, type) else str(hint)).split(' | ')
-
-    def parse(key, text):  # what stands behind '=' on the command line
-        takes = kinds(key) if key in defaults else ['str']
-        if 'str' not in takes or (text == 'None' and 'None' in takes):
-            try:
-                return ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pass  # no Python literal: stays text, and put() says what the key takes
-        return text
-
-    def put(key, value, source):
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
-            fail(f"{source}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ", --help lists the keys"))
-        takes = kinds(key)
-        if type(value) is int and 'float' in takes:
+    def assign(source, key, value):
+        limit = 2 ** 63 if isinstance(value, int) else float('inf')
+        if isinstance(value, (int, float)) and not abs(value) < limit:
+            fail(source, f"{key} takes {described[key]}, finite and within 64 bits")
+        if type(value) is int and float in takes[key] and int not in takes[key]:
             value = float(value)
-        name = 'None' if value is None else type(value).__name__
-        if name not in takes and ('Any' not in takes or name not in ('bool', 'int', 'float', 'str')):
-            fail(f"{source}: {key} takes {' or '.join(takes)}, not {value!r}" + (" (True or False, capitalised)" if 'bool' in takes else ""))
-        if name == 'float' and not math.isfinite(value):
-            fail(f"{source}: {key} must be a finite number, not {value!r}")
-        config[key] = value
+        if type(value) not in takes[key] and not (isinstance(value, str) and value in takes[key]):
+            fail(source, f"{key} takes {described[key]}, not {value!r:.40}")
+        given[key] = value
 
-    def run(name):  # config/x.py of the working directory, else of the project
-        project = [folder for folder in Path(script.get('__file__', name)).resolve().parents if (folder / 'configurator.py').is_file()]
-        path = next((p for p in (Path(name), *(folder / name for folder in project)) if p.is_file()), None)
-        if path is None:
-            fail(f"{name}: no such config file (a key is written --key=value)")
-        seen = dict(config)
+    def run(name):
+        folders = Path(script.get('__file__', name)).resolve().parents
+        project = [folder / name for folder in folders if os.path.isfile(folder / 'configurator.py')]
+        if not (path := next(filter(os.path.isfile, [name, *project]), None)):
+            fail(name[:160], "no such config file (a key is written --key=value)")
+        scope = {'__builtins__': {**vars(builtins), **defaults, **given}}
         try:
-            exec(builtins.compile(path.read_bytes(), str(path), 'exec'), seen)
-        except Exception as error:  # whatever the user's file raises is said, with its line
-            at = error.__traceback__.tb_next
-            line = error.lineno if isinstance(error, SyntaxError) else at.tb_lineno if at else 0
-            fail(f"{name}, line {line}: {type(error).__name__}: {error}")
-        for key, value in seen.items():
-            if key[0] != '_' and not callable(value) and type(value).__name__ not in ('module', '_Feature'):
-                put(key, value, name)
+            exec(builtins.compile(Path(path).read_bytes(), path, 'exec'), scope)
+        except Exception as error:  # whatever the file raises
+            line = getattr(error.__traceback__.tb_next, 'tb_lineno', getattr(error, 'lineno', 0))
+            fail(f"{name}, line {line}", f"{type(error).__name__}: {str(error):.200}")
+        for key, value in scope.items():  # what the file assigned: the keys that it read are in __builtins__
+            if key in defaults:
+                assign(name, key, value)
+            elif key[0] != '_' and not callable(value) and type(value).__name__ not in ('module', '_Feature'):
+                if similar := difflib.get_close_matches(key.lower(), defaults, n=1, cutoff=0.8):
+                    fail(name, f"unknown key '{key:.40}', did you mean '{similar[0]}'?")
+                ignored.setdefault(key, name)
 
     if {'-h', '--help'} & set(sys.argv):
-        source = Path(script['__file__']).read_text(encoding='utf-8')
+        source = re.sub(r'\n +#', '', Path(script['__file__']).read_text(encoding='utf-8'))
+        comments = dict(re.findall(r'^(\w+)\b.*?  # (.*)', source, re.MULTILINE)[::-1])  # the first of a key
         print((script.get('__doc__') or '').strip(), '\n\nkeys and their defaults:', sep='')
-        for key, value in defaults.items():  # with the comment that stands beside each
-            comment = re.search(rf'^{key}\b.*?  # (.*)$', source, re.MULTILINE)
-            print(f"  --{key}={value!r}".ljust(40), comment[1] if comment else '')
+        for key, value in defaults.items():
+            choices = f"({described[key]}) " if any(isinstance(item, str) for item in takes[key]) else ''
+            print(f"  --{key}={value!r}".ljust(40), choices + comments.get(key, ''))
         sys.exit()
     for argument in sys.argv[1:]:
         key, equals, text = argument.removeprefix('--').partition('=')
         if not argument.startswith('--'):
             run(argument)
-        elif not equals:
-            fail(f"{argument}: write --{key}=value, with no space around '='")
+        elif not (key and equals):
+            fail(argument[:160], f"write --{key or 'key':.40}=value, with no space around '='")
+        elif key not in defaults:
+            similar = [name for name in defaults if ''.join(word[:1] for word in name.split('_')) == key]
+            similar += [name for name in defaults if name.startswith(key)]
+            similar += difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
+            hint = f"did you mean '{similar[0]}'?" if similar else "--help lists the keys"
+            fail(argument[:160], f"unknown key '{key:.40}', {hint}")
         else:
-            put(key, parse(key, text), argument)
-    script.update(config, config=config)
+            value = {'None': None, 'True': True, 'False': False}.get(text, text)
+            for number in (float, lambda digits: int(digits, base=0)):  # an int where both succeed
+                with suppress(ValueError):
+                    value = number(text)
+            usable = type(value) in takes[key] or type(value) is int and float in takes[key]
+            assign(argument[:160], key, value if usable else text)
+    if ignored and first_process:
+        files, names = ', '.join(dict.fromkeys(ignored.values())), ', '.join(ignored)
+        print(f"{files}: ignored, no keys of {Path(sys.argv[0]).name}: {names}", file=sys.stderr)
+    script.update(given, config={**defaults, **given}, given_keys=set(given))
 
 _configure(globals())
 del _configure

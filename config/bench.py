@@ -1,11 +1,12 @@
-# How fast is this machine? GPT-2 124M through the loop that trains it, on random tokens; the last line is one JSON object.
+# Measures the speed of this machine: GPT-2 124M on random tokens, in the loop of train.py.
+# The last line of the output is one JSON object.
 #     python train.py config/bench.py
 #     python train.py config/bench.py --batch_size=64 --profile=True
 #     torchrun --standalone --nproc_per_node=8 train.py config/bench.py --gradient_accumulation_steps=40
 dataset = None
-out_dir = 'out-bench'  # of --profile, which alone writes there
+out_dir = 'out-bench'  # only --profile writes there
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 1
-max_iters = 20         # the first quarter of them warms up
+max_iters = 20         # the first quarter warms up and does not count
 warmup_iters = 0

@@ -1,4 +1,5 @@
-# The loss of OpenAI's gpt2-large (774M parameters) on data/openwebtext, or any --dataset=… in GPT-2's encoding
+# Evaluates OpenAI's gpt2-large (774M parameters) on data/openwebtext.
+# --dataset=NAME selects other data in GPT-2's encoding.
 batch_size = 8
 eval_iters = 500
 eval_only = True

@@ -1,4 +1,5 @@
-# GPT-2 XL, fine-tuned on tiny Shakespeare. Short of memory: init_from = 'gpt2', or a smaller block_size.
+# Fine-tunes GPT-2 XL on tiny Shakespeare.
+# If memory is short, use --init_from=gpt2 or a smaller --block_size.
 import time
 
 out_dir = 'out-shakespeare'
@@ -11,9 +12,10 @@ wandb_run_name = 'ft-' + str(time.time())
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
 
-always_save_checkpoint = False  # it overfits: keep the best
+always_save_checkpoint = False  # the model overfits: keep the best one
 
-# 32 sequences x 1024 tokens: 32,768 tokens an iteration, so the 301,966 of train.bin are an epoch in about 9
+# 32 sequences x 1024 tokens: 32,768 tokens per iteration.
+# train.bin has 301,966 tokens, so an epoch takes about 9 iterations.
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

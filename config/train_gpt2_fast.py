@@ -1,5 +1,7 @@
-# GPT-2 124M in fewer tokens than train_gpt2.py takes and at more of them a second: Muon, a straight line to zero, micro-batches
-# for GPUs of 80 GB; of 40 GB: --batch_size=30 --gradient_accumulation_steps=16. Settings from the literature, not yet measured by us.
+# Trains GPT-2 124M in fewer tokens than train_gpt2.py, and with more tokens per second.
+# It uses Muon, a learning rate that decays linearly to zero, and micro-batches for GPUs of 80 GB.
+# For GPUs of 40 GB add --batch_size=30 --gradient_accumulation_steps=16.
+# The settings are from the literature. We have not measured them yet.
 #     python train.py config/train_gpt2_fast.py
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
 out_dir = 'out-gpt2-fast'
@@ -11,7 +13,7 @@ wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-fast'
 
-# 491,520 tokens an iteration as in train_gpt2.py, in 8 micro-batches: up to eight GPUs share them
+# 491,520 tokens per iteration, as in train_gpt2.py, but in 8 micro-batches, for up to 8 GPUs
 batch_size = 60
 block_size = 1024
 gradient_accumulation_steps = 8
@@ -21,6 +23,6 @@ learning_rate = 2e-3
 lr_schedule = 'linear'
 min_lr = 0.0
 warmup_iters = 250
-max_iters = 18000  # 8.8 billion tokens, once through OpenWebText
+max_iters = 18000  # 8.8 billion tokens, about one epoch of OpenWebText
 lr_decay_iters = 18000
 sampler = 'epoch'

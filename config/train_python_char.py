@@ -1,5 +1,7 @@
-# The first run of the README: Python's standard library by characters, minutes on two CPU cores.
-# Muon and a learning rate that falls in a straight line to zero: three minutes of AdamW at 4 layers of 128, tuned too, ended at 1.467.
+# Trains a character model on Python's standard library, in minutes on two CPU cores.
+# This is the first run of README.md.
+# It uses Muon and a learning rate that decays linearly to zero.
+# For comparison: three minutes of tuned AdamW, 4 layers of 128 channels, reached a loss of 1.467.
 out_dir = 'out-python-char'
 eval_interval = 500
 eval_iters = 50

@@ -1,10 +1,10 @@
-# A small character model on tiny Shakespeare: minutes on a GPU, and soon overfitting.
+# Trains a small character model on tiny Shakespeare, in minutes on a GPU. It overfits soon.
 out_dir = 'out-shakespeare-char'
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
 
-always_save_checkpoint = False  # it overfits: keep the best
+always_save_checkpoint = False  # the model overfits: keep the best one
 
 wandb_log = False
 wandb_project = 'shakespeare-char'
@@ -20,10 +20,10 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # a network this small bears more than GPT-2's 6e-4
+learning_rate = 1e-3  # a network this small trains well above GPT-2's 6e-4
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99          # few tokens an iteration, so average the squares over more of them
+beta2 = 0.99          # an iteration has few tokens: average squared gradients over more iterations
 
 warmup_iters = 100

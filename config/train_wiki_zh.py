@@ -1,4 +1,5 @@
-# GPT-2's architecture at 30M parameters on Chinese Wikipedia; one GPU. Prepare with data/wiki_zh/prepare.py.
+# Trains a GPT-2 of 30M parameters on Chinese Wikipedia, on one GPU.
+# First prepare the data with data/wiki_zh/prepare.py.
 
 out_dir = 'out-wiki-zh'
 dataset = 'wiki_zh'
@@ -10,7 +11,7 @@ n_embd = 512
 block_size = 512
 
 batch_size = 32
-gradient_accumulation_steps = 4  # 65,536 tokens an iteration
+gradient_accumulation_steps = 4  # 65,536 tokens per iteration
 learning_rate = 1e-3
 min_lr = 1e-4
 beta2 = 0.99

@@ -1,41 +1,42 @@
-"""What the prepare.py scripts share: downloads and files that appear whole or not at all, tokenizers, documents and characters."""
-import bz2
-import gzip
+"""What the prepare.py scripts share: downloads, atomic writes, checks of documents, and .bin files."""
 import hashlib
 import http.client
 import json
-import lzma
 import os
-import pickle
 import sys
 import urllib.request
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-                    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')  # address, SHA-256
+from data.tokenizer import char_tokenizer, one_line
+
+TINY_SHAKESPEARE = (  # address, SHA-256
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
 
 
-def last_words(kind, error, trace):
-    """What the file system says becomes one line, and so does Ctrl-C."""
+def excepthook(kind, error, trace):
+    """Prints one line for Ctrl-C and for errors of files and networks, a traceback for all others."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted: the data is not complete", file=sys.stderr)
     elif issubclass(kind, OSError):
-        print(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, file=sys.stderr)
+        reason = error.strerror or error
+        print(f"{error.filename}: {reason}" if error.filename else reason, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = last_words
+sys.excepthook = excepthook
 
 
 @contextmanager
-def whole(path):
-    """Opens path.part for writing bytes and gives it its name only once all is on the disk."""
+def atomic_write(path):
+    """Opens path.part for writing bytes and renames it to path once everything is on the disk."""
     part = Path(f"{path}.part")
     try:
         with open(part, 'wb') as f:
@@ -48,62 +49,31 @@ def whole(path):
 
 
 def download(url, sha256, path):
-    """The bytes of the file at path, fetched from url if it is not there; either must have the given SHA-256."""
-    if not path.is_file():
+    """Returns the bytes of the file at path, fetched from url if it is not there. Checks their SHA-256."""
+    if path.is_file():
+        source, body = path, path.read_bytes()
+    else:
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
-                body = response.read()
+                source, body = url, response.read()
         except (OSError, http.client.HTTPException) as error:
-            sys.exit(f"cannot download {url} ({getattr(error, 'reason', error)}): fetch it where there is a network and put it at {path}")
-        check(body, sha256, url)
-        with whole(path) as f:
-            f.write(body)
-    body = path.read_bytes()
-    check(body, sha256, path)
-    return body
-
-
-def check(body, sha256, source):
-    found = hashlib.sha256(body).hexdigest()
-    if found != sha256:
+            sys.exit(f"cannot download {url} ({getattr(error, 'reason', error)}): "
+                     f"fetch it where there is a network and put it at {path}")
+    if (found := hashlib.sha256(body).hexdigest()) != sha256:
         sys.exit(f"{source} is damaged: {len(body)} bytes with SHA-256 {found}, expected {sha256}")
-
-
-def gpt2_bpe():
-    """GPT-2's encoding as encode(text) -> ids, and its <|endoftext|>; tiktoken downloads its two files on first use."""
-    import tiktoken
-    try:
-        bpe = tiktoken.get_encoding('gpt2')
-    except OSError as error:
-        sys.exit(f"cannot download GPT-2's BPE files ({type(error).__name__}): where there is a network run python -c \"import tiktoken; "
-                 "tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR=FOLDER, then bring the folder here and set the same")
-    return lambda text: bpe.encode_to_numpy(text, disallowed_special=()), bpe.eot_token
+    if source == url:
+        with atomic_write(path) as f:
+            f.write(body)
+    return body
 
 
 def check_vocab_size(vocab_size):
     if not 257 <= vocab_size <= 65536:
-        sys.exit(f"vocab_size must be from 257, the bytes and <|endoftext|>, to 65536, what two bytes a token can count; not {vocab_size}")
-
-
-def train_bpe(texts, vocab_size, path):
-    """
-    A byte-level BPE as GPT-2's, trained on an iterable of texts and saved at path: every text comes back from its ids as it was.
-    Returns encode(text) -> ids and the id of <|endoftext|>.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=['<|endoftext|>'],
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.encode_special_tokens = True  # in a text <|endoftext|> is thirteen characters like others
-    with whole(path) as f:
-        f.write(bpe.to_str().encode())
-    return lambda text: bpe.encode(text).ids, bpe.token_to_id('<|endoftext|>')
+        sys.exit(f"vocab_size must be from 257 (bytes, <|endoftext|>) to 65536 (uint16), not {vocab_size}")
 
 
 def split_documents(documents, test_size):
-    """A datasets.Dataset in two, train and val, as nanoGPT splits OpenWebText."""
+    """Splits a datasets.Dataset into train and val as nanoGPT splits OpenWebText."""
     if len(documents) == 1:
         print("a single document: it goes to train.bin, and val.bin stays empty")
         return documents, documents.select([])
@@ -112,93 +82,89 @@ def split_documents(documents, test_size):
 
 
 def check_texts(source, documents, *fields):
-    """Leaves unless every row of a datasets.Dataset has a text, in Unicode, in each of the fields. Raises ValueError where it is not Unicode."""
+    """Exits unless every row has a text in each of the fields. Raises ValueError if a text is not Unicode."""
     for field in fields:
         kind = getattr(documents.features.get(field), 'dtype', 'missing')
         missing = documents.data[field].null_count if kind in ('string', 'large_string') else len(documents)
         if missing or not len(documents):
-            sys.exit(f"{source}: {len(documents)} documents with the fields {', '.join(documents.column_names)}, but each must have a text "
-                     f"in the field \"{field}\" ({kind}; {missing} have none)")
+            sys.exit(f"{source}: {len(documents)} documents with the fields {', '.join(documents.features)}, "
+                     f"but each must have a text in the field \"{field}\" ({kind}; {missing} have none)")
         documents.data[field].validate(full=True)
 
 
 def in_batches(documents):
-    """The rows of a datasets.Dataset as dicts of lists, about a megabyte at a time."""
+    """Yields the rows of a datasets.Dataset as dicts of lists, about a megabyte at a time."""
     return documents.iter(max(1, min(64, 1_000_000 * len(documents.data) // (documents.data.nbytes + 1))))
 
 
-def write_documents(folder, encode, end, num_workers, **splits):
-    """
-    folder/NAME.bin for each NAME=(number of texts, iterable of lists of them): the ids of each text, encode(text), and `end` behind them.
-    Threads, since tokenizers work outside Python's lock; no more lists in flight than keep the threads busy, so
-    that memory does not grow with the corpus. The first split's file goes first and comes last.
-    """
-    def piece(texts):
-        return np.concatenate([ids for text in texts for ids in (encode(text), [end])], dtype='<u2', casting='unsafe').tobytes()
-
-    def pieces(pool, lists):
-        running = deque()
-        for texts in lists:
-            running.append((len(texts), sum(map(len, texts)), pool.submit(piece, texts)))
-            if len(running) > num_workers + 1:
-                yield running.popleft()
-        yield from running
-
-    from tqdm import tqdm
-    names = list(splits)
-    (folder / f'{names[0]}.bin').unlink(missing_ok=True)
-    with ThreadPoolExecutor(num_workers) as pool:
-        for name in reversed(names):
-            count, lists = splits[name]
-            tokens = characters = 0
-            with whole(folder / f'{name}.bin') as f, tqdm(total=count, desc=name, unit=' documents') as progress:
-                for n, length, done in pieces(pool, lists):
-                    tokens += f.write(done.result()) // 2
-                    characters += length
-                    progress.set_postfix_str(f"{tokens / max(progress.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
-                    progress.update(n)
-            print(f"{name}.bin has {tokens:,} tokens in {count:,} documents" + (f", {tokens / characters:.3f} tokens a character" if characters else ''))
-
-
 def unreadable(paths, kind, error):
-    """Where the first row stands that is not JSON, not Unicode or no text: 'FILE, row N (why)'; if all seems well, what `error` of datasets says."""
+    """Names the first row without a text in Unicode; the `error` that datasets raised does not name it."""
+    import fsspec
+    import pyarrow.parquet
     for path in paths:
-        row, opener = 0, {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(Path(path).suffix, open)
+        where = path
         try:
-            with opener(path, 'rb') as data:
+            with fsspec.filesystem('file').open(path, compression='infer') as rows:
                 if kind == 'parquet':
-                    import pyarrow.parquet
-                    for batch in pyarrow.parquet.ParquetFile(data).iter_batches(64, columns=['text']):
-                        for row, text in enumerate(batch['text'], row + 1):
-                            text.as_py().encode()
-                for row, line in enumerate(data if kind != 'parquet' else [], 1):
-                    line = line.decode()
-                    (json.loads(line)['text'] if kind == 'json' and line.strip() else line).encode()
+                    batches = pyarrow.parquet.ParquetFile(rows).iter_batches(64, columns=['text'])
+                    rows = (text for batch in batches for text in batch['text'])
+                for row, text in enumerate(rows, 1):
+                    where = f"{path}, row {row}"
+                    text = text.as_py() if kind == 'parquet' else text.decode()
+                    if kind == 'json' and text.strip():
+                        json.loads(text)['text'].encode()
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as found:
-            return f"{path}, row {row} ({type(found).__name__}: {' '.join(str(found).split())[:200]})"
-        if not row:
+            return f"{where} ({one_line(found)})"
+        if where == path:
             return f"{path} is empty"
-    return ' '.join(str(error.__cause__ or error).split())
+    return one_line(error.__cause__ or error)
 
 
-def write_bins(folder, **splits):
-    """folder/NAME.bin for each NAME=ids, as uint16. The first one goes first and comes last, so it never stands beside a stale one."""
-    names = list(splits)
-    (folder / f'{names[0]}.bin').unlink(missing_ok=True)
-    for name in reversed(names):
-        with whole(folder / f'{name}.bin') as f:
-            np.asarray(splits[name], dtype='<u2').tofile(f)
-        print(f"{name}.bin has {len(splits[name]):,} tokens")
+def write_bins(folder, tokenizer, train, val):
+    """Writes the tokenizer's file, and ids, given as iterables of arrays, as little-endian uint16."""
+    if tokenizer.vocab_size > 65536:
+        sys.exit(f"{tokenizer.vocab_size} different tokens are more than uint16 can count")
+    # train.bin is removed first and written last, so that it never stands beside files of other data
+    for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):
+        (folder / stale).unlink(missing_ok=True)
+    for name, content in tokenizer.files().items():
+        with atomic_write(folder / name) as f:
+            f.write(content)
+    for name, pieces in (('val.bin', val), ('train.bin', train)):
+        with atomic_write(folder / name) as f:
+            tokens = sum(f.write(np.asarray(ids, dtype='<u2').tobytes()) // 2 for ids in pieces)
+        print(f"{name} has {tokens:,} tokens")
 
 
 def write_characters(folder, train, val):
-    """Two texts as character ids in train.bin and val.bin, and their alphabet in meta.pkl."""
-    codes = {name: np.frombuffer(text.encode('utf-32-le'), dtype='<u4') for name, text in (('train', train), ('val', val))}
-    known = np.unique(np.concatenate([np.unique(ids) for ids in codes.values()]))
-    alphabet = [chr(code) for code in known]
+    """Writes two texts as character ids to train.bin and val.bin, and their alphabet to meta.pkl."""
+    alphabet = sorted(set(train) | set(val))
     print(f"{len(train) + len(val):,} characters, {len(alphabet)} different: {''.join(alphabet)!r}")
-    if len(alphabet) > 65536:
-        sys.exit(f"{len(alphabet)} different characters are more than two bytes a token can count")
-    with whole(folder / 'meta.pkl') as f:
-        pickle.dump({'vocab_size': len(alphabet), 'stoi': {c: i for i, c in enumerate(alphabet)}, 'itos': dict(enumerate(alphabet))}, f)
-    write_bins(folder, **{name: np.searchsorted(known, ids) for name, ids in codes.items()})
+    codes = [np.frombuffer(text.encode('utf-32-le'), '<u4') for text in (''.join(alphabet), train, val)]
+    write_bins(folder, char_tokenizer(alphabet), *([np.searchsorted(codes[0], text)] for text in codes[1:]))
+
+
+def write_documents(folder, tokenizer, num_workers, train, val):
+    """
+    Writes documents, each ended by eot; train and val are (number of texts, iterable of lists of texts).
+    Threads suffice, since tokenizers release the GIL. Few lists are in flight, so memory stays bounded.
+    """
+    def encode(texts):
+        pieces = [ids for text in texts for ids in (tokenizer.encode(text), [tokenizer.eot])]
+        return len(texts), sum(map(len, texts)), np.concatenate(pieces, dtype='<u2', casting='unsafe')
+
+    def encoded(name, count, lists):
+        tokens = characters = 0
+        with ThreadPoolExecutor(num_workers) as pool, tqdm(total=count, desc=name, unit=' documents') as bar:
+            submitted = (pool.submit(encode, texts) for texts in lists)
+            running = list(islice(submitted, num_workers + 2))
+            while running:
+                documents, length, ids = running.pop(0).result()
+                running.extend(islice(submitted, 1))
+                yield ids
+                tokens, characters = tokens + len(ids), characters + length
+                bar.set_postfix_str(f"{tokens / max(1, characters):.3f} tokens a character", refresh=False)
+                bar.update(documents)
+
+    with closing(encoded('train', *train)) as train_ids, closing(encoded('val', *val)) as val_ids:
+        write_bins(folder, tokenizer, train_ids, val_ids)  # closing ends the bars before an error is printed

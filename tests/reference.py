@@ -1,7 +1,8 @@
 """
-A GPT written out a second time, as plain as it gets, on a dict of parameters under nanoGPT's names;
-and a writer of nanoGPT's checkpoint format. What model.py computes must agree with this.
+A GPT written out a second time, as plain as it gets, on a dict of parameters under nanoGPT's names: what
+model.py computes must agree with this. A writer of nanoGPT's checkpoint format, a reader of wandb's files.
 """
+import json
 import math
 
 import torch
@@ -67,19 +68,56 @@ def random_parameters(args, seed=0):
         linear(f'{h}.mlp.c_fc', 4 * C, C)
         linear(f'{h}.mlp.c_proj', C, 4 * C)
     norm('transformer.ln_f')
-    return {name: torch.randn(shape, generator=g) * 0.2 + (1 if '.ln_' in name and name.endswith('weight') else 0)
+    return {name: torch.randn(shape, generator=g) * 0.2 + ('.ln_' in name and name.endswith('weight'))
             for name, shape in shapes.items()}
 
 
 def adamw(p, weight_decay=0.1, lr=1e-3, betas=(0.9, 0.95)):
     """nanoGPT's optimizer: group 0 the matrices with decay, group 1 the vectors without."""
-    return torch.optim.AdamW([{'params': [q for q in p.values() if q.dim() >= 2], 'weight_decay': weight_decay},
-                              {'params': [q for q in p.values() if q.dim() < 2], 'weight_decay': 0.0}], lr=lr, betas=betas)
+    matrices, vectors = ([q for q in p.values() if (q.dim() >= 2) is wanted] for wanted in (True, False))
+    return torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay},
+                              {'params': vectors, 'weight_decay': 0.0}], lr=lr, betas=betas)
 
 
 def write_nanogpt_checkpoint(path, p, optimizer, args, iter_num, dataset):
-    """The six keys that nanoGPT's train.py saves, as compiled runs save them: names prefixed, best_val_loss a tensor."""
+    """
+    The six keys that nanoGPT's train.py saves, as compiled runs save them: names prefixed, best_val_loss a
+    tensor.
+    """
     state = {f'_orig_mod.{name}': q.detach() for name, q in p.items()}
     state['_orig_mod.lm_head.weight'] = state['_orig_mod.transformer.wte.weight']
+    config = {'dataset': dataset, 'device': 'cuda', 'dtype': 'bfloat16'}
     torch.save({'model': state, 'optimizer': optimizer.state_dict(), 'model_args': args, 'iter_num': iter_num,
-                'best_val_loss': torch.tensor(9.0), 'config': {'dataset': dataset, 'device': 'cuda', 'dtype': 'bfloat16'}}, path)
+                'best_val_loss': torch.tensor(9.0), 'config': config}, path)
+
+
+def read_wandb_runs(folder):
+    """[(run id, [history items])] of offline runs, oldest first: protocol buffers in leveldb's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    runs = []
+    paths = folder.glob('wandb/offline-run-*/*.wandb')
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+        data, at, record, name, history = path.read_bytes(), 7, b'', None, []
+        while at + 7 <= len(data):
+            room = 2 ** 15 - at % 2 ** 15
+            if room < 7:  # a record's header never straddles two blocks
+                at += room
+                continue
+            size, kind = int.from_bytes(data[at + 4:at + 6], 'little'), data[at + 6]
+            record += data[at + 7:at + 7 + size]
+            at += 7 + size
+            if kind in (1, 4):  # whole, or the last piece
+                found, record = Record.FromString(record), b''
+                name = found.run.run_id or name
+                if found.WhichOneof('record_type') == 'history':
+                    history.append({item.key or '.'.join(item.nested_key): json.loads(item.value_json)
+                                    for item in found.history.item})
+        runs.append((name, history))
+    return runs
+
+
+def points(history, key):
+    """{iteration: value} of a key, which must not change where a resumed run says it again."""
+    found = [(line['iter'], line[key]) for line in history if key in line]
+    assert len(set(found)) == len(dict(found))
+    return dict(found)

@@ -1,13 +1,18 @@
-"""The prepare.py scripts: their figures, and what they leave behind when something goes wrong."""
+"""The prepare.py scripts and the tokenizers: their figures, and what they leave behind if something fails."""
+import gzip
 import json
 import os
 import pickle
+import random
 import re
+import runpy
 import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,28 +22,46 @@ def read(house, name, split):
     return np.fromfile(house / 'data' / name / f'{split}.bin', dtype='<u2')
 
 
+def decoded(bpe, house, name):
+    """The texts of train.bin and val.bin, of GPT-2's or another encoding."""
+    return [bpe.decode(read(house, name, split).tolist()) for split in ('train', 'val')]
+
+
+def write_json_lines(path, texts):
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+
+
+def decoded_characters(house, name):
+    itos = pickle.loads((house / 'data' / name / 'meta.pkl').read_bytes())['itos']
+    codes = np.array([ord(itos[i]) for i in range(len(itos))], dtype='<u4')
+    return [codes[read(house, name, split)].tobytes().decode('utf-32-le') for split in ('train', 'val')]
+
+
 def test_shakespeare_char(run, house, with_text):
     out = run('data/shakespeare_char/prepare.py').stdout
     assert 'train.bin has 1,003,854 tokens' in out and 'val.bin has 111,540 tokens' in out
     meta = pickle.loads((house / 'data' / 'shakespeare_char' / 'meta.pkl').read_bytes())
     assert meta.keys() == {'vocab_size', 'stoi', 'itos'} and meta['vocab_size'] == 65 and type(meta) is dict
-    ids = np.concatenate([read(house, 'shakespeare_char', split) for split in ('train', 'val')])
-    assert ''.join(meta['itos'][i] for i in ids.tolist()) == with_text and len(ids) == 1115394
+    assert all(meta['stoi'][c] == i for i, c in meta['itos'].items())
+    text = ''.join(decoded_characters(house, 'shakespeare_char'))
+    assert text == with_text and len(text) == 1115394
 
 
 def test_shakespeare(run, house, with_text, bpe):
     out = run('data/shakespeare/prepare.py').stdout
     assert 'train.bin has 301,966 tokens' in out and 'val.bin has 36,059 tokens' in out
-    assert bpe.decode(read(house, 'shakespeare', 'train').tolist()) + bpe.decode(read(house, 'shakespeare', 'val').tolist()) == with_text
+    assert ''.join(decoded(bpe, house, 'shakespeare')) == with_text
 
 
+@pytest.mark.slow
 def test_python_char(run, house):
     """ASCII modules of this Python, whole, the last tenth for validation, and none of those left out."""
     run('data/python_char/prepare.py')
-    itos = pickle.loads((house / 'data' / 'python_char' / 'meta.pkl').read_bytes())['itos']
-    train, val = (''.join(itos[i] for i in read(house, 'python_char', split).tolist()) for split in ('train', 'val'))
+    train, val = decoded_characters(house, 'python_char')
     assert len(train) + len(val) > 5e6 and (train + val).isascii() and 0.02 < len(val) / len(train) < 0.3
-    import argparse, ensurepip, weakref  # noqa: E401
+    import argparse
+    import ensurepip
+    import weakref
     for module, text in ((argparse, train), (weakref, val)):
         assert open(module.__file__).read() in text
     assert open(ensurepip.__file__).read() not in train + val
@@ -60,8 +83,11 @@ def cut_off_server():
 
 
 def test_download(run, house, tmp_path):
-    """Without a network one line names the address and the place; a damaged file is refused; neither leaves anything behind."""
-    from common import download
+    """
+    Without a network one line names the address and the place. A damaged file is refused, whether it is there
+    or has been fetched. Neither leaves anything behind.
+    """
+    from data.common import download
     folder = house / 'data' / 'shakespeare_char'
     for path in folder.glob('*.*'):
         if path.suffix in ('.txt', '.bin', '.pkl'):
@@ -69,21 +95,61 @@ def test_download(run, house, tmp_path):
     before = sorted(folder.iterdir())
     with socket.socket() as closed:  # a proxy that refuses, so that no machine reaches the address
         closed.bind(('127.0.0.1', 0))
-        words = run('data/shakespeare_char/prepare.py', status=1, env={'HTTPS_PROXY': f'http://127.0.0.1:{closed.getsockname()[1]}'})
-    assert 'https://raw.githubusercontent.com/karpathy/char-rnn' in words and f'put it at {folder / "input.txt"}' in words
+        proxy = {'HTTPS_PROXY': f'http://127.0.0.1:{closed.getsockname()[1]}'}
+        words = run('data/shakespeare_char/prepare.py', status=1, env=proxy)
+    assert 'https://raw.githubusercontent.com/karpathy/char-rnn' in words
+    assert f'put it at {folder / "input.txt"}' in words
     assert sorted(folder.iterdir()) == before
     with pytest.raises(SystemExit, match='cannot download http://127.0.0.1:.*put it at'):
         with cut_off_server() as address:
             download(address, '', tmp_path / 'input.txt')
-    assert not list(tmp_path.iterdir())
+    (tmp_path / 'source').write_text('First Citizen')
+    with pytest.raises(SystemExit, match='source is damaged: 13 bytes'):
+        download((tmp_path / 'source').as_uri(), 'another', tmp_path / 'input.txt')
+    assert [path.name for path in tmp_path.iterdir()] == ['source']
     (folder / 'input.txt').write_text('First Citizen')
     assert 'is damaged: 13 bytes' in run('data/shakespeare_char/prepare.py', status=1)
     (folder / 'input.txt').unlink()
 
 
-def test_openwebtext_out_of_reach(run, house, bpe):
-    words = run('data/openwebtext/prepare.py', status=1)
-    assert 'cannot download https://huggingface.co/datasets/stas/openwebtext-10k' in words and '--files=' in words
+def test_tokenizers(tmp_path, bpe):
+    """
+    A text comes back from its ids, a tokenizer from its file, and <|endoftext|> in a text is special only
+    where the text is not ordinary. Files and texts that a tokenizer cannot read are ValueErrors.
+    """
+    from data.tokenizer import Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
+    text = 'abc 数学 🦊<|endoftext|>'
+    gpt2 = Tokenizer({'kind': 'gpt2'})
+    tokenizers = char_tokenizer(sorted(set(text))), train_bpe([[text], [text]], 300), gpt2
+    for tokenizer in tokenizers:
+        folder = tmp_path / tokenizer.kind
+        folder.mkdir()
+        for name, content in tokenizer.files().items():
+            (folder / name).write_bytes(content)
+        assert read_tokenizer_spec(folder) == tokenizer.spec
+        for ordinary in (False, True):
+            again = Tokenizer(tokenizer.spec, ordinary)
+            ids = list(again.encode(text))
+            assert again.decode(ids) == text and max(ids) < again.vocab_size == tokenizer.vocab_size
+            assert (again.eot in ids) == (not ordinary and again.kind != 'char')
+    assert [tokenizer.eot for tokenizer in tokenizers] == [None, 0, 50256]
+    with pytest.raises(ValueError, match="character '日'"):
+        tokenizers[0].encode('日')
+
+    # the meta.pkl of some data sets only counts
+    (tmp_path / 'char' / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 65, 'other': 1}))
+    assert read_tokenizer_spec(tmp_path / 'char') == {'kind': 'char', 'vocab_size': 65}
+    with pytest.raises(ValueError, match='lacks stoi or itos'):
+        Tokenizer({'kind': 'char', 'vocab_size': 65})
+    assert char_tokenizer('ab').files().keys() == {'meta.pkl'}
+    without = {key: value for key, value in char_tokenizer('ab').spec.items() if key != 'vocab_size'}
+    assert pickle.loads(Tokenizer(without).files()['meta.pkl']).keys() == {'stoi', 'itos'}
+    for damaged in (b'', b'\x80\x04', pickle.dumps(np.int64)):
+        (tmp_path / 'char' / 'meta.pkl').write_bytes(damaged)
+        with pytest.raises(ValueError, match='it must hold a plain dict with vocab_size, stoi and itos'):
+            read_tokenizer_spec(tmp_path / 'char')
+    with pytest.raises(ValueError, match='cannot read tokenizer.json'):
+        Tokenizer({'kind': 'bpe', 'json': '{}'})
 
 
 def reference(bpe, texts, test_size=0.0005):
@@ -92,79 +158,102 @@ def reference(bpe, texts, test_size=0.0005):
     if len(texts) == 1:
         splits = {'train': texts, 'val': []}
     else:
-        split = Dataset.from_dict({'text': texts}).train_test_split(test_size=test_size, seed=2357, shuffle=True)
+        documents = Dataset.from_dict({'text': texts})
+        split = documents.train_test_split(test_size=test_size, seed=2357, shuffle=True)
         splits = {'train': split['train']['text'], 'val': split['test']['text']}
-    return {name: [i for text in part for i in bpe.encode_ordinary(text) + [50256]] for name, part in splits.items()}
+    return {name: [i for text in part for i in bpe.encode_ordinary(text) + [50256]]
+            for name, part in splits.items()}
 
 
-ODD = ['', 'a', '<|endoftext|> inside <|endoftext|>', '\x00\x01 control \x7f\u0085', '  \n\n\t ', '👨‍👩‍👧 𠀀 é\u0301 日本', 'x' * 5000, '\ufffd']
+ODD = ['', 'a', '<|endoftext|> inside <|endoftext|>', '\x00\x01 control \x7f\u0085', '  \n\n\t ',
+       '👨‍👩‍👧 𠀀 é\u0301 日本', 'x' * 5000, '\ufffd']
 
 
-@pytest.mark.parametrize('count, workers', [(1, 1), (2, 3), (7, 1), (7, 3), (3000, 1), (3000, 3)])
+@pytest.mark.parametrize('count, workers', [
+    (7, 2),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (2, 3), (1000, 1), (1000, 3)))])
 def test_openwebtext(run, house, tmp_path, bpe, count, workers):
-    """Byte for byte nanoGPT's bins for any number of documents and workers, odd texts and empty ones included."""
+    """Byte for byte nanoGPT's bins for any number of documents and workers, odd and empty texts included."""
     texts = [ODD[i % len(ODD)] + f' document {i}' * (i % 5) for i in range(count)]
-    (tmp_path / 'mine.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    write_json_lines(tmp_path / 'mine.jsonl', texts)
+    (house / 'data' / 'openwebtext' / 'meta.pkl').write_text('stale')  # would make the ids characters
     out = run('data/openwebtext/prepare.py', '--files=mine.jsonl', f'--num_workers={workers}').stdout
     for name, want in reference(bpe, texts).items():
         assert read(house, 'openwebtext', name).tolist() == want
-        assert f'{name}.bin has {len(want):,} tokens in' in out
+        assert f'{name}.bin has {len(want):,} tokens\n' in out
     assert ('val.bin stays empty' in out) == (count == 1)
+    assert not (house / 'data' / 'openwebtext' / 'meta.pkl').exists()
 
 
+@pytest.mark.slow
 def test_large_documents_and_formats(run, house, tmp_path, bpe):
-    """Documents of 5 MB; parquet, compressed JSON lines and text files, all the same documents, all the same bins."""
-    import gzip
+    """Documents larger than a batch; parquet, compressed JSON lines and text files all give the same bins."""
     import pyarrow
     import pyarrow.parquet
-    texts = [' '.join(f'{i * n}' for n in range(700_000)) if i < 2 else f'small one {i}' for i in range(5)]
-    assert min(map(len, texts[1:2])) > 4_500_000
+    texts = [' '.join(f'{i * n}' for n in range(300_000)) if i < 2 else f'small one {i}' for i in range(5)]
+    assert len(texts[1]) > 1_900_000
     want = reference(bpe, texts)
-    pyarrow.parquet.write_table(pyarrow.table({'text': texts, 'other': list(range(5))}), tmp_path / 'a.parquet')
-    with gzip.open(tmp_path / 'b.jsonl.gz', 'wt') as f:
-        f.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+    table = pyarrow.table({'text': texts, 'other': list(range(5))})
+    pyarrow.parquet.write_table(table, tmp_path / 'a.parquet')
+    write_json_lines(tmp_path / 'd [1].jsonl', texts)
+    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress((tmp_path / 'd [1].jsonl').read_bytes(), 1))
     (tmp_path / 'c').mkdir()
     for i, text in enumerate(texts):
         (tmp_path / 'c' / f'{i}.txt').write_text(text)
-    (tmp_path / 'd [1].jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     for files in ('a.parquet', 'b.jsonl.gz', 'c/*.txt', 'd [1].jsonl', 'd ?1?.jsonl'):
         run('data/openwebtext/prepare.py', f'--files={files}')
         assert all(read(house, 'openwebtext', name).tolist() == want[name] for name in want), files
 
 
+@pytest.mark.slow
 def test_bad_documents(run, house, tmp_path, bpe):
-    """One line that names what is wrong, with file and row where it is not Unicode; and mistakes harm no data."""
-    import gzip
+    """One line says what is wrong, with file and row where a text is not Unicode; mistakes harm no data."""
     import pyarrow
     import pyarrow.parquet
-    (tmp_path / 'good.jsonl').write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
+    write_json_lines(tmp_path / 'good.jsonl', 'abc')
     run('data/openwebtext/prepare.py', '--files=good.jsonl')
     before = [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
-    for name, text, words in (('two.jsonl', b'{"a": 1}\n{"a": 2}', 'with the fields a'), ('null.jsonl', b'{"text": "a"}\n{"text": null}', 'each must have a text'),
-                              ('bad.jsonl', b'{"text": "a"}\n{"text', 'bad.jsonl, row 2'), ('x.csv', b'text', 'must all be .parquet'),
-                              ('numbers.jsonl', b'{"text": 1}\n{"text": 2}', 'each must have a text'), ('empty.jsonl', b'', 'empty'),
-                              ('a.txt.jsonl', b'{"a": 1}', 'with the fields a'), ('cut.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 99)[:-9], 'cut.jsonl.gz'),
-                              ('lone.jsonl', b'{"text": "a"}\n{"text": "\\ud800"}', 'lone.jsonl, row 2'),
-                              ('latin.jsonl', b'{"text": "a"}\n\n{"text": "caf\xe9"}', 'latin.jsonl, row 3'), ('latin.txt', b'a\nb\ncaf\xe9', 'latin.txt, row 3')):
+    for name, text, words in (
+            ('two.jsonl', b'{"a": 1}\n{"a": 2}', 'with the fields a'),
+            ('null.jsonl', b'{"text": "a"}\n{"text": null}', 'each must have a text'),
+            ('bad.jsonl', b'{"text": "a"}\n{"text', 'bad.jsonl, row 2'),
+            ('x.csv', b'text', 'must all be .parquet'),
+            ('numbers.jsonl', b'{"text": 1}\n{"text": 2}', 'each must have a text'),
+            ('none.jsonl', b'', 'none.jsonl is empty'),
+            ('a.txt.jsonl', b'{"a": 1}', 'with the fields a'),
+            ('cut.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 99)[:-9], 'cut.jsonl.gz, row'),
+            ('lone.jsonl', b'{"text": "a"}\n{"text": "\\ud800"}', 'lone.jsonl, row 2'),
+            ('latin.jsonl', b'{"text": "a"}\n\n{"text": "caf\xe9"}', 'latin.jsonl, row 3'),
+            ('latin [1].txt', b'a\nb\ncaf\xe9', 'latin [1].txt, row 3')):
         (tmp_path / name).write_bytes(text)
         assert words in run('data/openwebtext/prepare.py', f'--files={name}', status=1)
-    for wrong, words in (('--files=*.tsv', 'no such files'), ('--corpus=half', 'neither 10k nor full'), ('--num_workers=0', 'num_workers must be')):
+    for wrong, words in (('--files=*.tsv', 'no such files'), ('--files=*.jsonl*', 'cannot be read as json'),
+                         ('--files=*.[jt][sx]*', 'must all be .parquet'),
+                         ('--corpus=half', 'neither 10k nor full'),
+                         ('--num_workers=0', 'num_workers must be')):
         assert words in run('data/openwebtext/prepare.py', wrong, status=1)
-    assert before == [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
     broken = pyarrow.array([b'fine', b'caf\xe9', b'fine'] * 20, pyarrow.binary())
     broken = pyarrow.StringArray.from_buffers(len(broken), broken.buffers()[1], broken.buffers()[2])
     pyarrow.parquet.write_table(pyarrow.table({'text': broken}), tmp_path / 'broken.parquet')
-    assert 'broken.parquet, row 2' in run('data/openwebtext/prepare.py', '--files=broken.parquet', status=1)
+    words = run('data/openwebtext/prepare.py', '--files=broken.parquet', status=1)
+    assert 'broken.parquet, row 2' in words
+    assert before == [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
 
 
-def test_whole_openwebtext_out_of_reach(run, house, bpe):
-    words = run('data/openwebtext/prepare.py', '--corpus=full', status=1)
-    assert 'cannot download https://huggingface.co/datasets/Skylion007/openwebtext' in words and '--files=' in words
+@pytest.mark.parametrize('arguments, source', [
+    pytest.param(['openwebtext', '--corpus=10k'], 'stas/openwebtext-10k', marks=pytest.mark.slow),
+    pytest.param(['openwebtext', '--corpus=full'], 'Skylion007/openwebtext', marks=pytest.mark.slow),
+    (['wikitext'], 'Salesforce/wikitext')])
+def test_hub_out_of_reach(run, bpe, arguments, source):
+    name, *arguments = arguments
+    words = run(f'data/{name}/prepare.py', *arguments, status=1, env={'HF_HUB_OFFLINE': '1'})
+    assert f'cannot download https://huggingface.co/datasets/{source}' in words
+    assert 'then run this with --' in words
 
 
 def test_documents_in_flight(tmp_path):
     """Whatever the corpus, no more lists of texts are held than keep the threads busy."""
-    from common import write_documents
+    from data.common import write_documents
     pulled, encoded, ahead, lock = 0, 0, [], threading.Lock()
 
     def lists():
@@ -179,136 +268,232 @@ def test_documents_in_flight(tmp_path):
         with lock:
             encoded += 1
         return [int(text)]
-    write_documents(tmp_path, encode, 999, 2, train=(300, lists()))
+    tokenizer = SimpleNamespace(encode=encode, eot=999, vocab_size=1000, files=dict)
+    write_documents(tmp_path, tokenizer, 2, train=(300, lists()), val=(0, []))
     assert max(ahead) <= 5
     assert np.fromfile(tmp_path / 'train.bin', '<u2').tolist() == [i for n in range(300) for i in (n, 999)]
+    assert (tmp_path / 'val.bin').stat().st_size == 0
 
 
+@pytest.mark.slow
 def test_killed_prepare(house, tmp_path, bpe, request):
-    """Whenever prepare.py is killed, every .bin under its name is whole, and a new val.bin never has an old train.bin beside it."""
-    import random
-    import time
+    """
+    Whenever prepare.py is killed, every .bin is whole, and a new val.bin never has an old train.bin with it.
+    """
     corpora = []
     for n in (0, 1):
-        texts = [f'corpus {n}: ' + 'words and words ' * 300 + str(i) for i in range(4000)]
-        (tmp_path / f'{n}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+        texts = [f'corpus {n}: ' + 'words and words ' * 300 + str(i) for i in range(1500)]
+        write_json_lines(tmp_path / f'{n}.jsonl', texts)
         corpora.append({name: np.array(ids, '<u2').tobytes() for name, ids in reference(bpe, texts).items()})
     folder, chance, caught = house / 'data' / 'openwebtext', random.Random(0), 0
 
     def start(n):
-        return subprocess.Popen([sys.executable, str(folder / 'prepare.py'), f'--files={tmp_path / f"{n}.jsonl"}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, str(folder / 'prepare.py'), f'--files={tmp_path / f"{n}.jsonl"}']
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     assert start(0).wait() == 0
-    for kill in range(max(6, request.config.getoption('--kills') // 2)):
-        process = start(kill % 2)
-        part = folder / chance.choice(['val.bin.part', 'train.bin.part', 'train.bin.part'])
-        size = chance.uniform(0, len(corpora[0]['train']))
+    for kill in range(max(4, request.config.getoption('--kills') // 2)):
+        process = start(1 - kill % 2)
+        part = folder / ('val.bin.part' if kill % 3 == 2 else 'train.bin.part')
+        size = 0 if kill % 3 == 2 else chance.uniform(0, 0.9 * len(corpora[0]['train']))
         part.unlink(missing_ok=True)  # of the kill before
-        while process.poll() is None and not (part.is_file() and part.stat().st_size >= size * part.name.startswith('train')):
+        while process.poll() is None and not (part.is_file() and part.stat().st_size >= size):
             time.sleep(0.001)
         time.sleep(chance.choice([0, 0.01, 0.1]))
         process.kill()
         process.wait()
-        found = {name: (folder / f'{name}.bin').read_bytes() for name in ('train', 'val') if (folder / f'{name}.bin').is_file()}
+        found = {name: (folder / f'{name}.bin').read_bytes()
+                 for name in ('train', 'val') if (folder / f'{name}.bin').is_file()}
         caught += 'train' not in found
         assert all(body in [corpus[name] for corpus in corpora] for name, body in found.items())
         assert 'train' not in found or found in corpora
     assert caught >= 2  # in the middle of writing
 
 
-def test_custom(run, house, tmp_path, bpe):
-    """Characters, GPT-2's encoding and a trained one of the same text: nine tenths and one, and it all comes back; train and sample run on it."""
-    import tokenizers
-    text = '《静夜思》\r\n床前明月光，疑是地上霜。\r\n举头望明月，低头思故乡。🦊𠀀\n' * 40
-    (tmp_path / 'book.txt').write_bytes(text.encode())
-    text = text.replace('\r\n', '\n')
-    cut = int(0.9 * len(text))
+POEM = '《静夜思》\r\n床前明月光，疑是地上霜。\r\n举头望明月，低头思故乡。🦊𠀀\n'
 
-    def texts(kind):
-        out = run('data/custom/prepare.py', '--input=book.txt', f'--tokenizer={kind}', '--vocab_size=300', '--name=mytext').stdout
+
+def test_custom(run, house, tmp_path, bpe):
+    """Characters, GPT-2's encoding and a trained one: nine tenths and one, and the whole text comes back."""
+    import tokenizers
+    (tmp_path / 'book.txt').write_bytes((POEM * 40).encode())
+    text = POEM.replace('\r\n', '\n') * 40
+    parts = [text[:int(0.9 * len(text))], text[int(0.9 * len(text)):]]
+
+    def prepare(kind):
+        out = run('data/custom/prepare.py', '--input=book.txt', f'--tokenizer={kind}', '--vocab_size=300',
+                  '--name=mytext').stdout
         assert 'train on it with --dataset=mytext' in out
         return [read(house, 'mytext', split).tolist() for split in ('train', 'val')]
-    train, val = texts('gpt2')
-    assert [train, val] == [bpe.encode_ordinary(part) + [50256] for part in (text[:cut], text[cut:])]
-    trained = texts('bpe')
-    tokenizer = tokenizers.Tokenizer.from_file(str(house / 'data' / 'mytext' / 'tokenizer.json'))
-    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in trained] == [part + '<|endoftext|>' for part in (text[:cut], text[cut:])]
-    assert max(trained[0]) < tokenizer.get_vocab_size() <= 300
-    small = ['--dataset=mytext', '--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2', '--gradient_accumulation_steps=1',
-             '--max_iters=1', '--eval_iters=1']
-    assert 'vocabulary 320' in run('train.py', *small).stdout  # 300 rounded up to a multiple of 64
-    run('sample.py', '--start=明月<|endoftext|>', '--num_samples=2', '--max_new_tokens=5', '--device=cpu')
-    train, val = texts('char')
+
+    assert prepare('gpt2') == [bpe.encode_ordinary(part) + [50256] for part in parts]
+    prepare('char')
+    assert decoded_characters(house, 'mytext') == parts
     meta = pickle.loads((house / 'data' / 'mytext' / 'meta.pkl').read_bytes())
-    assert ''.join(meta['itos'][i] for i in train + val) == text and meta['stoi']['🦊'] < meta['vocab_size'] == len(set(text))
+    assert meta['stoi']['🦊'] < meta['vocab_size'] == len(set(text))
+    trained = prepare('bpe')
+    assert not (house / 'data' / 'mytext' / 'meta.pkl').exists()
+    tokenizer = tokenizers.Tokenizer.from_file(str(house / 'data' / 'mytext' / 'tokenizer.json'))
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in trained]
+    assert texts == [part + '<|endoftext|>' for part in parts]
+    assert max(trained[0]) < tokenizer.get_vocab_size() <= 300
+    prepare('char')
     assert not (house / 'data' / 'mytext' / 'tokenizer.json').exists()
 
+
+@pytest.mark.slow
+def test_custom_folder_and_mistakes(run, house, tmp_path, bpe):
+    """In a folder each text is a document. A mistake is one line and leaves the data set as it was."""
+    (tmp_path / 'book.txt').write_text(POEM * 40)
     (tmp_path / 'more').mkdir()
-    for name, part in (('1 [x].txt', text), ('2.txt', 'short'), ('3.txt', '')):
-        (tmp_path / 'more' / name).write_text(part)
-    run('data/custom/prepare.py', '--input=more', '--tokenizer=gpt2', '--name=mytext')  # a folder: every text is ended
-    both = np.concatenate([read(house, 'mytext', split) for split in ('train', 'val')])
-    assert bpe.decode(both.tolist()) == text[:int(0.9 * (len(text) + 5))] + '<|endoftext|>' + text[int(0.9 * (len(text) + 5)):] + '<|endoftext|>short<|endoftext|>'
+    for name, part in (('1 [x].txt', POEM * 5), ('2.txt', 'short'), ('3.txt', '')):
+        (tmp_path / 'more' / name).write_bytes(part.encode())
+    run('data/custom/prepare.py', '--input=more', '--tokenizer=gpt2', '--name=folder')
+    before = [read(house, 'folder', split).tolist() for split in ('train', 'val')]
+    text = POEM.replace('\r\n', '\n') * 5
+    cut = int(0.9 * (len(text) + len('short')))
+    want = [f'{text[:cut]}<|endoftext|>', f'{text[cut:]}<|endoftext|>short<|endoftext|>']
+    assert decoded(bpe, house, 'folder') == want
     (tmp_path / 'gbk.txt').write_bytes('明月\n故乡'.encode('gb18030'))
-    for arguments, words in ((['--input=gbk.txt'], 'gbk.txt, row 1: not UTF-8'), ([], 'which text?'), (['--input=none.txt'], 'no such text'), (['--input=more/3.txt'], 'empty'),
-                             (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'), (['--input=book.txt', '--name=../x'], 'without a path'), (['--input=book.txt', '--name=..'], 'without a path'),
-                             (['--input=book.txt', '--tokenizer=word'], 'none of char, gpt2, bpe'), (['--input=book.txt', '--tokenizer=bpe', '--vocab_size=70000', '--name=mytext'], 'vocab_size must be')):
-        assert words in run('data/custom/prepare.py', *arguments, status=1)
-    taken = subprocess.run([sys.executable, str(house / 'data' / 'custom' / 'prepare.py'), '--input=book.txt', '--name=common.py'], cwd=tmp_path, capture_output=True, text=True)
-    assert taken.returncode == 1 and taken.stderr == f"{house / 'data' / 'common.py'}: File exists\n"  # what the file system says is a line
-    assert both.tolist() == [i for split in ('train', 'val') for i in read(house, 'mytext', split).tolist()]
+    for arguments, words in (
+            (['--input=gbk.txt'], 'gbk.txt, row 1: not UTF-8'), ([], 'which text?'),
+            (['--input=none.txt'], 'no such text'), (['--input=more/3.txt'], 'empty'),
+            (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'),
+            (['--input=book.txt', '--name=../x'], 'without a path'),
+            (['--input=book.txt', '--name=..'], 'without a path'),
+            (['--input=book.txt', '--num_workers=0'], 'num_workers must be at least 1'),
+            (['--input=book.txt', '--tokenizer=word'], 'none of char, gpt2, bpe'),
+            (['--input=book.txt', '--tokenizer=bpe', '--vocab_size=70000'], 'vocab_size must be')):
+        assert words in run('data/custom/prepare.py', '--name=folder', *arguments, status=1)
+    taken = subprocess.run([sys.executable, str(house / 'data' / 'custom' / 'prepare.py'), '--input=book.txt',
+                            '--name=common.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert taken.returncode == 1  # what the file system says is one line
+    assert taken.stderr == f"{house / 'data' / 'common.py'}: File exists\n"
+    assert before == [read(house, 'folder', split).tolist() for split in ('train', 'val')]
 
 
-def test_wiki_zh(run, house, tmp_path):
-    """Every article comes back whole, title on top, emoji and rare ideographs included; its config trains and samples whole characters."""
-    import tokenizers
-    articles = [('数学', '数学\n\n数学是研究数量、结构以及空间等概念的学科。'), ('狐狸', '🦊是一种动物。𠀀𪚥<|endoftext|>'), ('空', '')] * 70
-    for n, part in enumerate((articles[:100], articles[100:])):
+@pytest.mark.slow
+def test_failed_training_harms_no_data(run, house, tmp_path, bpe, monkeypatch):
+    """Until a new tokenizer is trained, nothing of an older data set is deleted."""
+    import data.tokenizer
+    (tmp_path / 'book.txt').write_text(POEM)
+    wiki = tmp_path / 'wiki' / 'AA'
+    wiki.mkdir(parents=True)
+    (wiki / 'wiki_00').write_text('{"title": "a", "text": "b"}\n{"title": "c", "text": "d"}\n')
+
+    def fail(texts, vocab_size):
+        raise RuntimeError("no memory")
+
+    for name, arguments in (('custom', ['--input=book.txt', '--tokenizer=bpe']),
+                            ('wiki_zh', ['--input=wiki'])):
+        folder = house / 'data' / name
+        run(f'data/{name}/prepare.py', *arguments, '--vocab_size=300')
+        before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        assert {folder / file for file in ('train.bin', 'val.bin', 'tokenizer.json')} <= before.keys()
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='no memory'):
+            patch.setattr(data.tokenizer, 'train_bpe', fail)
+            patch.setattr(sys, 'argv', ['prepare.py', *arguments])
+            patch.setattr(sys, 'path', [*sys.path])
+            patch.chdir(tmp_path)
+            runpy.run_path(str(folder / 'prepare.py'), run_name='__main__')
+        assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+ARTICLES = [('数学', '数学\n\n数学是研究数量、结构以及空间等概念的学科。'),
+            ('狐狸', '🦊是一种动物。𠀀𪚥<|endoftext|>'), ('空', '')] * 70
+
+
+@pytest.fixture
+def wiki(tmp_path):
+    """ARTICLES in two files as wiki_zh_2019 has them, one of them escaped; their folder is 'wiki'."""
+    for n, part in enumerate((ARTICLES[:100], ARTICLES[100:])):
         folder = tmp_path / 'wiki' / ('AA', 'AB')[n]
         folder.mkdir(parents=True)
-        (folder / 'wiki_00').write_text(''.join(json.dumps({'id': '1', 'url': '', 'title': title, 'text': text}, ensure_ascii=n == 0) + '\n' for title, text in part), encoding='utf-8')
+        rows = [{'id': '1', 'url': '', 'title': title, 'text': text} for title, text in part]
+        lines = ''.join(json.dumps(row, ensure_ascii=n == 0) + '\n' for row in rows)
+        (folder / 'wiki_00').write_text(lines, encoding='utf-8')
+
+
+def test_wiki_zh(run, house, tmp_path, wiki):
+    """Every article comes back whole, title on top, emoji and rare ideographs included."""
+    import tokenizers
     run('data/wiki_zh/prepare.py', '--input=wiki', '--vocab_size=400')
     tokenizer = tokenizers.Tokenizer.from_file(str(house / 'data' / 'wiki_zh' / 'tokenizer.json'))
     end = tokenizer.token_to_id('<|endoftext|>')
     found = []
     for split in ('train', 'val'):
         ids = read(house, 'wiki_zh', split)
-        found += [tokenizer.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]]
-    assert sorted(found) == sorted(text if text.startswith(title) else f'{title}\n\n{text}' for title, text in articles)
-    run('train.py', 'config/train_wiki_zh.py', '--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2', '--max_iters=1', '--eval_iters=1')
-    run('sample.py', '--out_dir=out-wiki-zh', '--start=数学', '--num_samples=1', '--max_new_tokens=9', '--device=cpu')
+        parts = np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]
+        found += [tokenizer.decode(part.tolist()) for part in parts]
+    want = [text if text.startswith(title) else f'{title}\n\n{text}' for title, text in ARTICLES]
+    assert sorted(found) == sorted(want)
     assert 'unpack wiki_zh_2019.zip there' in run('data/wiki_zh/prepare.py', status=1)
     (tmp_path / 'wiki' / 'AB' / 'wiki_00').write_text('{"title": "a", "text": "b"}\n{"ti')
-    assert f'{tmp_path}/wiki/AB/wiki_00, row 2' in run('data/wiki_zh/prepare.py', f'--input={tmp_path}/wiki', status=1)
+    words = run('data/wiki_zh/prepare.py', f'--input={tmp_path}/wiki', status=1)
+    assert f'{tmp_path}/wiki/AB/wiki_00, row 2' in words
+
+
+@pytest.mark.slow
+def test_trained_tokenizers_in_training(run, tmp_path, wiki):
+    """train.py takes the vocabulary of a trained tokenizer, and sample.py reads and writes with it."""
+    small = ['--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2',
+             '--gradient_accumulation_steps=1', '--max_iters=1', '--eval_iters=1']
+    sample = ['--num_samples=2', '--max_new_tokens=5', '--device=cpu']
+    (tmp_path / 'book.txt').write_bytes((POEM * 40).encode())
+    run('data/custom/prepare.py', '--input=book.txt', '--tokenizer=bpe', '--vocab_size=300', '--name=mytext')
+    # 300 rounded up to a multiple of 64
+    assert 'vocabulary 320' in run('train.py', '--dataset=mytext', *small).stdout
+    run('sample.py', '--start=明月<|endoftext|>', *sample)
+    run('data/wiki_zh/prepare.py', '--input=wiki', '--vocab_size=400')
+    run('train.py', 'config/train_wiki_zh.py', *small)
+    run('sample.py', '--out_dir=out-wiki-zh', '--start=数学', *sample)
 
 
 def test_bins_appear_whole(tmp_path, monkeypatch):
     """A writer that fails leaves no file, and a new val.bin never stands beside an old train.bin."""
-    from common import whole, write_bins
+    from data.common import atomic_write, write_bins, write_characters, write_documents
+    from data.tokenizer import char_tokenizer
     with pytest.raises(RuntimeError):
-        with whole(tmp_path / 'x.bin') as f:
+        with atomic_write(tmp_path / 'x.bin') as f:
             f.write(b'half')
             raise RuntimeError
     assert not list(tmp_path.iterdir())
-    write_bins(tmp_path, train=[1, 2, 3], val=[4])
+    tokenizer = char_tokenizer('abc')
+    write_bins(tmp_path, tokenizer, train=[[0, 1, 2]], val=[[1]])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {path.name for path in before} == {'train.bin', 'val.bin', 'meta.pkl'}
+    many = ''.join(map(chr, range(0x20000, 0x30001)))
+    with pytest.raises(SystemExit, match='65537 different tokens are more than uint16 can count'):
+        write_characters(tmp_path, many, many)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OverflowError):
-        write_bins(tmp_path, train=[1, 70000], val=[5])  # no 16-bit id: fails after val.bin
-    assert [path.name for path in tmp_path.iterdir()] == ['val.bin']
+        write_bins(tmp_path, tokenizer, train=[[1], [70000]], val=[[2]])  # no 16-bit id: fails after val.bin
+    assert {path.name for path in tmp_path.iterdir()} == {'val.bin', 'meta.pkl'}
+
+    @contextmanager
+    def full_disk(path):
+        def write(content):
+            raise OSError(28, 'No space left on device')
+        yield SimpleNamespace(write=write)
+
+    threads = threading.active_count()
+    fake = SimpleNamespace(encode=lambda text: [1], eot=0, vocab_size=2, files=dict)
+    monkeypatch.setattr('data.common.atomic_write', full_disk)
+    with pytest.raises(OSError, match='No space left') as failure:  # `failure` keeps the frames alive
+        write_documents(tmp_path, fake, 2, train=(9, [['a']] * 9), val=(9, [['b']] * 9))
+    assert threading.active_count() == threads, failure
 
 
-ARTICLE = ''' 
- = Valkyria <unk> III = 
- 
- Senjō no <unk> 3 : <unk> , " commonly referred " to as Teddy 's game , is a role @-@ playing game of 1 @,@ 000 @.@ 5 points ( 32 ha ) ; was it ? 
- The actors ' play , 1987 – 90 , cost $ 5 ! ( see [ 1 ] ) 
- 
- = = Game <unk> = = 
- 
- A – B . 
-'''
+ARTICLE = ''.join(f' {line} \n' if line else ' \n' for line in (
+    '', '= Valkyria <unk> III =', '',
+    'Senjō no <unk> 3 : <unk> , " commonly referred " to as Teddy \'s game , is a role @-@ playing game of '
+    '1 @,@ 000 @.@ 5 points ( 32 ha ) ; was it ?',
+    "The actors ' play , 1987 – 90 , cost $ 5 ! ( see [ 1 ] )", '', '= = Game <unk> = =', '', 'A – B .'))
 PROSE = '''
 = Valkyria <unk> III =
 
-Senjō no <unk> 3: <unk>, "commonly referred" to as Teddy's game, is a role-playing game of 1,000.5 points (32 ha); was it?
+Senjō no <unk> 3: <unk>, "commonly referred" to as Teddy's game, is a role-playing game of 1,000.5 points \
+(32 ha); was it?
 The actors' play, 1987–90, cost $5! (see [1])
 
 == Game <unk> ==
@@ -317,50 +502,67 @@ A – B.
 '''
 
 
-def test_wikitext(run, house, tmp_path, bpe):
-    """Spaces that people do not write are gone, words counted as they stood, each article a document; test becomes val.bin, or valid."""
+@pytest.fixture
+def wikitext(tmp_path):
+    """Folders '{}.t' and 'wiki' with WikiText's files under both kinds of names; the texts."""
     texts = {'train': ARTICLE * 3, 'valid': ARTICLE, 'test': ARTICLE.replace('Teddy', 'Freddy') * 2}
-    words = len(ARTICLE.split()) + ARTICLE.count('\n')
     for layout in ('{}.txt', 'wiki.{}.raw'):
         folder = tmp_path / layout[:4]
         folder.mkdir()
         for name, text in texts.items():
             (folder / layout.format(name)).write_text(text, encoding='utf-8')
+    return texts
+
+
+def test_wikitext(run, house, tmp_path, bpe, wikitext):
+    """
+    Spaces that people do not write are gone, words are counted as they stood, each article is a document.
+    test becomes val.bin, or valid.
+    """
+    words = len(ARTICLE.split()) + ARTICLE.count('\n')
     run('data/wikitext/prepare.py', f"--input={tmp_path / '{}.t'}")
-    assert bpe.decode(read(house, 'wikitext', 'train').tolist()) == '\n' + '\n<|endoftext|>'.join([PROSE[1:]] * 3) + '<|endoftext|>'
-    assert bpe.decode(read(house, 'wikitext', 'val').tolist()) == ('\n' + '\n<|endoftext|>'.join([PROSE[1:]] * 2) + '<|endoftext|>').replace('Teddy', 'Freddy')
-    assert json.loads((house / 'data' / 'wikitext' / 'words.json').read_text()) == {'train': 3 * words, 'val': 2 * words}
-    run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", '--split=valid')
-    assert bpe.decode(read(house, 'wikitext', 'val').tolist()) == PROSE + '<|endoftext|>'
+    train, val = ('\n' + '\n<|endoftext|>'.join([PROSE[1:]] * n) + '<|endoftext|>' for n in (3, 2))
+    assert decoded(bpe, house, 'wikitext') == [train, val.replace('Teddy', 'Freddy')]
+    counts = json.loads((house / 'data' / 'wikitext' / 'words.json').read_text())
+    assert counts == {'train': 3 * words, 'val': 2 * words}
     (tmp_path / 'wiki' / 'wiki.train.raw').unlink()  # the perplexity needs none
-    run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}")
-    assert bpe.decode(read(house, 'wikitext', 'train').tolist()) == PROSE + '<|endoftext|>'
-    for arguments, says in ((['--split=dev'], "split 'dev' is neither test nor valid"), (['--corpus=3'], "corpus '3' is none of"),
-                            ([f'--input={tmp_path}'], 'no train.txt or valid.txt in there, nor wiki.train.raw'), (['--num_workers=0'], 'num_workers must be at least 1')):
+    run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", '--split=valid')
+    assert decoded(bpe, house, 'wikitext') == [val.replace('Teddy', 'Freddy'), PROSE + '<|endoftext|>']
+
+
+@pytest.mark.slow
+def test_wikitext_mistakes(run, house, tmp_path, bpe, wikitext):
+    """A mistake is one line, and the bins before it stay whole. Line ends of Windows are fine."""
+    for arguments, says in ((['--split=dev'], "split 'dev' is neither test nor valid"),
+                            (['--corpus=3'], "corpus '3' is none of wikitext-2-raw-v1, wikitext-2-v1"),
+                            ([f'--input={tmp_path}'], 'no train.txt or valid.txt in there, nor wiki.tr'),
+                            (['--num_workers=0'], 'num_workers must be at least 1')):
         assert says in run('data/wikitext/prepare.py', *arguments, status=1)
-    (tmp_path / 'wiki' / 'wiki.test.raw').write_bytes(texts['test'].replace('\n', '\r\n').encode())  # as Windows saves it
-    run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}")
-    assert bpe.decode(read(house, 'wikitext', 'val').tolist()).count('<|endoftext|>') == 2
-    (tmp_path / 'wiki' / 'wiki.test.raw').write_text('')
-    assert 'an empty text' in run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", status=1)
-    (tmp_path / 'wiki' / 'wiki.test.raw').write_bytes(b' = \xff = \n')
-    assert 'wiki.test.raw: not UTF-8' in run('data/wikitext/prepare.py', f"--input={tmp_path / 'wiki'}", status=1)
-    assert bpe.decode(read(house, 'wikitext', 'val').tolist()).count('Freddy') == 2  # the bins before are whole
+    test, folder = tmp_path / 'wiki' / 'wiki.test.raw', f"--input={tmp_path / 'wiki'}"
+    (tmp_path / 'wiki' / 'wiki.train.raw').unlink()
+    test.write_bytes(wikitext['test'].replace('\n', '\r\n').encode())
+    run('data/wikitext/prepare.py', folder)
+    train, val = decoded(bpe, house, 'wikitext')
+    assert train == PROSE + '<|endoftext|>' and val.count('<|endoftext|>') == 2
+    test.write_text('')
+    assert 'an empty text' in run('data/wikitext/prepare.py', folder, status=1)
+    test.write_bytes(b' = \xff = \n')
+    assert 'wiki.test.raw: not UTF-8' in run('data/wikitext/prepare.py', folder, status=1)
+    assert decoded(bpe, house, 'wikitext')[1].count('Freddy') == 2
+    assert (house / 'data' / 'wikitext' / 'words.json').is_file()
 
 
+@pytest.mark.slow
 def test_wikitext_2(run, house, bpe):
-    """The published numbers of words, and a text that differs from the original in nothing but spaces and @."""
+    """The published numbers of words, and a text that differs from the original only in spaces and @."""
     folder = os.environ.get('WIKITEXT')
     if not folder:
         pytest.skip("needs WikiText-2: WIKITEXT=…, a folder with valid.txt and test.txt")
     out = run('data/wikitext/prepare.py', f'--input={folder}').stdout
     assert 'words: 217,646 in train.bin, 245,569 in val.bin' in out
-    for name, split in (('train', 'valid'), ('val', 'test')):
+    for split, text in zip(('valid', 'test'), decoded(bpe, house, 'wikitext'), strict=True):
         original = open(os.path.join(folder, f'{split}.txt'), encoding='utf-8').read()
-        ours = bpe.decode(read(house, 'wikitext', name).tolist()).replace('<|endoftext|>', '')
+        ours = text.replace('<|endoftext|>', '')
         squeezed = [re.sub(r'\s', '', re.sub(r' @(.)@ ', r'\1', text)) for text in (original, ours)]
-        assert squeezed[0] == squeezed[1] and ours.count('\n') == original.count('\n') and len(ours) < 0.97 * len(original)
-
-
-def test_wikitext_out_of_reach(run, house, bpe):
-    assert 'cannot download https://huggingface.co/datasets/Salesforce/wikitext' in run('data/wikitext/prepare.py', status=1, env={'HF_HUB_OFFLINE': '1'})
+        assert squeezed[0] == squeezed[1] and ours.count('\n') == original.count('\n')
+        assert len(ours) < 0.97 * len(original)

@@ -1,62 +1,68 @@
-"""What a newcomer gets wrong: exit status 1, one line on stderr that says what to do, no traceback, nothing harmed."""
+"""What a newcomer gets wrong: status 1 and one line that says what to do, no traceback, nothing harmed."""
 import random
 import shutil
 import socket
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-
 from conftest import SMALL
 
-
-@pytest.fixture(scope='module')
-def trained(house, tmp_path_factory):
-    """A folder with out/ckpt.pt of a tiny run."""
-    import subprocess
-    import sys
-    folder = tmp_path_factory.mktemp('trained')
-    subprocess.run([sys.executable, str(house / 'train.py'), *SMALL, '--max_iters=1'], cwd=folder, check=True, capture_output=True)
-    return folder
+slow = pytest.mark.slow
+DATASETS = 'custom, openwebtext, python_char, shakespeare, shakespeare_char, wiki_zh, wikitext'
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--batchsize=3'], "unknown key 'batchsize', did you mean 'batch_size'?"),
-    (['--batch_size=many'], 'batch_size takes int'),
-    (['--dataset=shakespeare_char'], 'shakespeare_char/prepare.py` first'),
-    (['--dataset=shakespear'], "dataset 'shakespear' is none of custom, openwebtext, python_char, shakespeare, shakespeare_char, wiki_zh, wikitext"),
-    (['--optimizer=mun'], "optimizer 'mun' is none of adamw, muon"),
-    (['--lr_schedule=step'], "lr_schedule 'step' is none of cosine, linear, wsd"),
-    (['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
-    (['--init_from=resum'], "init_from 'resum' is no word that --help lists for it (resume, gpt2, gpt2-medium"),
-    (['--init_from=gpt2', '--dataset=bare'], "cannot read GPT-2 weights from 'gpt2'"),
-    (['--init_from=gpt2'], "data/tiny is not in the encoding that gpt2 reads"),
-    (['--eval_iters=0'], 'eval_iters must be at least 1'),
-    (['--device=tpu'], "device 'tpu' is none of"),
-    (['--dtype=float8'], "dtype 'float8' is none of"),
+@pytest.fixture
+def trained(run):
+    """out/ckpt.pt of a tiny run."""
+    run('train.py', *SMALL, '--max_iters=1')
+
+
+def cases(quick, *more):
+    """Parameters of a test: the quick ones, and those that only the whole suite tries."""
+    return [*quick, *(pytest.param(*case, marks=slow) for case in more)]
+
+
+@pytest.mark.parametrize('arguments, words', cases(
+    [(['--batchsize=3'], "unknown key 'batchsize', did you mean 'batch_size'?"),
+     (['--optimizer=mun'], "optimizer takes adamw or muon, not 'mun'"),
+     (['--dataset=shakespeare_char'], 'train.bin: run `python {house}/data/shakespeare_char/prepare.py`'),
+     (['--init_from=resume'], 'no checkpoint at out/ckpt.pt: train first, or name the folder with --out_dir'),
+     (['--init_from=gpt2', '--dataset=bare'], "cannot read GPT-2 weights from 'gpt2'"),
+     (['--seed=-1'], 'seed must be at least 0, not -1'),
+     (['--block_size=5000'], 'a sequence takes block_size + 1 = 5001: use a smaller --block_size')],
+    (['--batch_size=many'], "batch_size takes int, not 'many'"),
+    (['--dataset=shakespear'], f"data/shakespear/train.bin: dataset 'shakespear' is none of {DATASETS}"),
+    (['--lr_schedule=step'], "lr_schedule takes cosine or linear or wsd, not 'step'"),
+    (['--sampler=all'], "sampler takes random or epoch, not 'all'"),
+    (['--dtype=float8'], "dtype takes float32 or bfloat16 or float16 or None, not 'float8'"),
+    (['--init_from=resum'], "init_from 'resum' is none of scratch, resume, auto, gpt2, gpt2-medium"),
+    (['--eval_iters=0'], 'eval_iters must be at least 1, not 0'),
+    (['--batch_size=0'], 'batch_size must be at least 1, not 0'),
+    (['--max_iters=-1'], 'max_iters must be at least 0, not -1'),
+    (['--device=tpu'], "device 'tpu' is none of cuda, cuda:0, cuda:1"),
     (['--n_embd=31'], 'n_embd 31 is not divisible by n_head 2'),
-    (['--block_size=5000'], 'use a smaller --block_size'),
-    (['--batch_size=0'], 'batch_size must be at least 1'),
-    (['--seed=-1'], 'seed must not be negative'),
-    (['--beta1=1.5'], 'Invalid beta parameter'),
-    (['--out_dir=taken/out'], 'cannot write taken/out: Not a directory'),
-    (['--peak_flops=x'], 'peak_flops takes float or None')])
-def test_train(run, tmp_path, arguments, words):
-    (tmp_path / 'taken').write_text('a file')
-    assert words in run('train.py', *SMALL, *arguments, status=1)
+    (['--beta1=1.5'], 'beta'),
+    (['--peak_flops=x'], "peak_flops takes float or None, not 'x'")))
+def test_train(run, house, tmp_path, arguments, words):
+    assert words.format(house=house) in run('train.py', *SMALL, *arguments, status=1)
+    assert not list(tmp_path.glob('out/*'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
-def test_cuda_without_cuda(run):
-    for script in (['train.py', *SMALL], ['sample.py']):
-        assert "device 'cuda:0': PyTorch sees 0 CUDA devices here; --device=cpu runs anywhere" in run(*script, '--device=cuda', status=1)
+@pytest.mark.parametrize('script', [pytest.param('train.py', marks=slow), 'sample.py'])
+def test_cuda_without_cuda(run, trained, script):
+    words = "device 'cuda:0': PyTorch sees 0 CUDA devices here; --device=cpu runs anywhere\n"
+    assert run(script, *(SMALL if script == 'train.py' else []), '--device=cuda', status=1) == words
 
 
-@pytest.mark.parametrize('split, ids, words', [
-    ('train', np.arange(100) % 64, "holds the token id 63, but the model's vocabulary ends at"),
-    ('val', np.arange(100) % 64, "val.bin holds the token id 63"),
-    ('val', np.zeros(10, int), 'val.bin holds 10 tokens, but a sequence takes block_size + 1 = 17'),
-    ('train', None, 'train.bin holds 201 bytes, an odd number')])
+@pytest.mark.parametrize('split, ids, words', cases(
+    [('train', np.arange(100) % 64, "train.bin holds the token id 63, but the model's vocabulary ends at 39: "
+      "was the data prepared with another tokenizer?"),
+     ('val', np.zeros(10, int), 'val.bin holds 10 tokens, but a sequence takes block_size + 1 = 17')],
+    ('val', np.arange(100) % 64, "val.bin holds the token id 63, but the model's vocabulary ends at 39"),
+    ('train', None, 'data/bad/train.bin is cut off in the middle of a token')))
 def test_data(run, house, split, ids, words):
     """Truncated, short or foreign data, found before a GPU would stop with a device-side assertion."""
     bad = house / 'data' / 'bad'
@@ -69,69 +75,87 @@ def test_data(run, house, split, ids, words):
     assert words in run('train.py', *SMALL, '--dataset=bad', status=1)
 
 
+@slow
 def test_meta(run, house):
     bad = house / 'data' / 'badmeta'
     shutil.copytree(house / 'data' / 'tiny', bad)
     (bad / 'meta.pkl').write_bytes(b'\x80\x04garbage')
-    assert 'cannot read' in run('train.py', *SMALL, '--dataset=badmeta', status=1)
+    words = run('train.py', *SMALL, '--dataset=badmeta', status=1)
+    assert words.startswith(f"cannot read {bad / 'meta.pkl'}")
 
 
-@pytest.mark.parametrize('damage, words', [
-    (lambda path: path.write_bytes(path.read_bytes()[:-2000]), 'truncated or not a checkpoint'),
+@pytest.mark.parametrize('damage, words', cases(
+    [(lambda path: path.write_bytes(path.read_bytes()[:-2000]), 'truncated or not a checkpoint')],
     (lambda path: path.write_bytes(b''), 'truncated or not a checkpoint'),
     (lambda path: path.write_text('not a checkpoint at all'), 'truncated or not a checkpoint'),
     (lambda path: path.write_bytes(random.Random(7).randbytes(1000)), 'truncated or not a checkpoint'),
     (lambda path: torch.save({'weights': 1}, path), "is no checkpoint of train.py"),
     (lambda path: torch.save({'model': [1], 'model_args': None}, path), "is no checkpoint of train.py"),
-    (lambda path: torch.save({'model': {}, 'model_args': {'n_layer': 1}, 'iter_num': 0}, path), 'the checkpoint does not fit this model.py')])
+    (lambda path: torch.save({**dict.fromkeys(('iter_num', 'best_val_loss', 'optimizer'), 0), 'config': {},
+                              'model': {}, 'model_args': {'n_layer': 1}}, path),
+     'the checkpoint does not fit this model.py')))
 def test_checkpoint(run, trained, tmp_path, damage, words):
     path = tmp_path / 'out' / 'ckpt.pt'
-    path.parent.mkdir()
-    shutil.copy(trained / 'out' / 'ckpt.pt', path)
     damage(path)
     damaged = path.read_bytes()
-    assert words in run('train.py', *SMALL, '--init_from=resume', status=1)
-    assert words in run('sample.py', status=1)
+    for script in (['train.py', *SMALL, '--init_from=resume'], ['train.py', *SMALL, '--init_from=out'],
+                   ['sample.py']):
+        assert words in run(*script, status=1)
     assert path.read_bytes() == damaged
 
 
+@slow
 def test_checkpoint_for_sampling_only(run, trained, tmp_path):
-    """One whose optimizer was thrown away samples, but does not resume."""
-    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
+    """One whose optimizer was thrown away samples and evaluates, but does not resume."""
+    path = tmp_path / 'out' / 'ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
     del checkpoint['optimizer']
-    (tmp_path / 'out').mkdir()
-    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    torch.save(checkpoint, path)
     run('sample.py', '--num_samples=1', '--max_new_tokens=2')
-    assert "cannot resume from out: the checkpoint lacks 'optimizer'" in run('train.py', *SMALL, '--init_from=resume', status=1)
+    run('train.py', *SMALL, '--init_from=resume', '--eval_only=True')
+    words = run('train.py', *SMALL, '--init_from=resume', status=1)
+    assert "cannot resume from out/ckpt.pt: the checkpoint lacks 'optimizer'" in words
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
-    (['--start=日'], "never seen the character '日'"),
-    (['--start=FILE:missing.txt'], 'missing.txt: No such file'), (['--start=FILE:out/ckpt.pt'], 'out/ckpt.pt: the prompt is not UTF-8'),
-    (['--temperature=-1'], 'temperature must not be negative, not -1.0'),
-    (['--top_p=0'], 'top_p must be in (0, 1], not 0.0'),
-    (['--top_p=nan'], 'top_p takes float or None'),
-    (['--num_samples=0'], 'num_samples must be at least 1'), (['--temperature=nan'], 'temperature takes float'),
-    (['--max_new_tokens=0'], 'max_new_tokens must be at least 1'),
-    (['--init_from=gpt2'], "cannot read GPT-2 weights from 'gpt2'")])
-def test_sample(run, trained, arguments, words):
-    assert words in run('sample.py', *arguments, status=1, cwd=trained)
+def test_sample(run, trained):
+    for arguments, words in (
+            (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
+            (['--start=日'], "the model does not know the character '日'"),
+            (['--start=FILE:missing.txt'], 'missing.txt: No such file'),
+            (['--start=FILE:out/ckpt.pt'], 'out/ckpt.pt: the prompt is not UTF-8'),
+            (['--temperature=-1'], 'temperature must be at least 0, not -1.0'),
+            (['--top_p=0'], 'top_p must be in (0, 1], not 0.0'),
+            (['--top_p=nan'], 'top_p takes float or None'),
+            (['--num_samples=0'], 'num_samples must be at least 1'),
+            (['--temperature=nan'], 'temperature takes float'),
+            (['--max_new_tokens=0'], 'max_new_tokens must be at least 1'),
+            (['--init_from=gpt2'], "cannot read GPT-2 weights from 'gpt2'")):
+        assert words in run('sample.py', *arguments, status=1), arguments
 
 
+@slow
 def test_bpe_files_out_of_reach(run, tmp_path):
     """No network and no cache: tiktoken's long ConnectionError becomes one line."""
     with socket.socket() as closed:  # a proxy that refuses, so that no machine reaches the download
         closed.bind(('127.0.0.1', 0))
-        offline = {'TIKTOKEN_CACHE_DIR': str(tmp_path), 'HTTPS_PROXY': f'http://127.0.0.1:{closed.getsockname()[1]}'}
+        offline = {'TIKTOKEN_CACHE_DIR': str(tmp_path),
+                   'HTTPS_PROXY': f'http://127.0.0.1:{closed.getsockname()[1]}'}
+        words = run('data/openwebtext/prepare.py', status=1, env=offline)
+        assert "cannot download GPT-2's BPE files" in words
+        (tmp_path / 'input.txt').write_text('To be')
         words = run('data/shakespeare/prepare.py', status=1, env=offline)
         assert 'cannot download' in words  # the text comes first; either line names what is missing
-        assert "cannot download GPT-2's BPE files" in run('data/openwebtext/prepare.py', status=1, env=offline)
 
 
-def test_ranks(run):
-    """One rank speaks; torchrun reports behind it."""
-    for arguments, words in ((['--backend=mpi'], "backend 'mpi'"),
-                             (['--gradient_accumulation_steps=3'], 'gradient_accumulation_steps 3 is not divisible by the world size 2'),
+@slow
+def test_ranks(run, start):
+    """Where all ranks fail one speaks, torchrun reports behind it. Where one alone fails it speaks too."""
+    alone = start(*SMALL, '--seed=-1', env={'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'})
+    with pytest.raises(subprocess.TimeoutExpired):
+        alone.wait(5)  # it gives the others 10 seconds
+    for arguments, words in ((['--gradient_accumulation_steps=3'],
+                              'gradient_accumulation_steps 3 is not divisible by the world size 2: try 4'),
                              (['--batchsize=3'], "unknown key 'batchsize'")):
         assert run('train.py', *SMALL, *arguments, status=1, ranks=2).count(words) == 1
+    assert alone.stdout.read() == 'seed must be at least 0, not -1\n'
+    assert alone.wait() == 1

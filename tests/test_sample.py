@@ -1,147 +1,237 @@
-"""sample.py as a subprocess: what it prints, and what decides it."""
+"""sample.py: what it prints, and what decides it."""
+import io
 import re
-import subprocess
+import runpy
+import shutil
+import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
-
-from conftest import SMALL
-from model import GPT, GPTConfig, Tokenizer, read_checkpoint
 from reference import gpt_logits
+
+from data.tokenizer import Tokenizer, read_tokenizer_spec, train_bpe
+from model import GPT, GPTConfig, read_checkpoint
 
 END = '---------------\n'
 
 
 @pytest.fixture(scope='module')
 def trained(house, tmp_path_factory):
-    """A folder with out/ckpt.pt of a run that has learnt the text a little."""
+    """A folder with out/ckpt.pt, a model that has learnt the words of the data set 'tiny'."""
+    spec = read_tokenizer_spec(house / 'data' / 'tiny')
+    ids = torch.from_numpy(np.fromfile(house / 'data' / 'tiny' / 'train.bin', dtype='<u2').astype(np.int64))
+    windows = ids.unfold(0, 17, 1)
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(16, len(spec['itos']), 2, 2, 32, bias=False))
+    optim = net.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    for _ in range(60):
+        batch = windows[torch.randint(len(windows), (8,))]
+        net(batch[:, :-1], batch[:, 1:])[1].backward()
+        optim.step()
+        optim.zero_grad()
     folder = tmp_path_factory.mktemp('trained')
-    subprocess.run([sys.executable, str(house / 'train.py'), *SMALL, '--max_iters=60', '--eval_interval=60'], cwd=folder, check=True, capture_output=True)
+    (folder / 'out').mkdir()
+    torch.save({'model': net.state_dict(), 'model_args': vars(net.config), 'iter_num': 60,
+                'config': {'dataset': 'tiny'}, 'tokenizer': spec}, folder / 'out' / 'ckpt.pt')
     return folder
 
 
-def sample(run, trained, *arguments, **how):
-    out = run('sample.py', '--device=cpu', *arguments, cwd=trained, **how).stdout
+def texts(out):
     assert out.endswith(END)
     return [text.removesuffix('\n') for text in out.split(END)[:-1]]
 
 
-def test_greedy_text(run, trained):
-    """temperature 0 is the plain argmax loop, told apart up to block_size."""
+@pytest.fixture
+def sample(house, trained, monkeypatch, capsys):
+    """
+    sample('--key=value', …) runs sample.py in this process, which starts no other, in the folder `trained`;
+    returns its texts. sample.out and sample.err are what it has written.
+    """
+    def sample(*arguments, script='sample.py', stdin='', cwd=trained):
+        handlers = {number: signal.getsignal(number)
+                    for number in (getattr(signal, name, None) for name in ('SIGINT', 'SIGPIPE')) if number}
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, 'argv', [script, '--device=cpu', *arguments])
+        monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
+        try:
+            runpy.run_path(str(house / script), run_name='__main__')
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        sample.out, sample.err = capsys.readouterr()
+        return texts(sample.out)
+    return sample
+
+
+def test_greedy_text(sample, trained):
+    """temperature 0 is the plain argmax loop, up to block_size."""
     checkpoint = read_checkpoint(trained / 'out' / 'ckpt.pt')
     tokenizer = Tokenizer(checkpoint['tokenizer'])
     ids = tokenizer.encode('the ')
     for _ in range(12):
         logits = gpt_logits(checkpoint['model'], checkpoint['model_args'], torch.tensor([ids]))
         ids.append(logits[0, -1].argmax().item())
-    assert sample(run, trained, '--start=the ', '--temperature=0', '--max_new_tokens=12', '--num_samples=2') == [tokenizer.decode(ids)] * 2
+    got = sample('--start=the ', '--temperature=0', '--max_new_tokens=12', '--num_samples=2')
+    assert got == [tokenizer.decode(ids)] * 2
 
 
-def test_sample_i_is_its_own(run, trained):
-    """The text of sample i depends on (seed, i): not on num_samples, not on streaming. stdout holds the text alone."""
-    three = sample(run, trained, '--num_samples=3', '--max_new_tokens=40')
-    assert len(set(three)) == 3 and all(len(text) == 41 for text in three)  # "\n" as typed in a default, then 40 characters
-    assert sample(run, trained, '--num_samples=2', '--max_new_tokens=40') == three[:2]
-    assert sample(run, trained, '--num_samples=3', '--max_new_tokens=40', '--stream=True') == three
-    assert sample(run, trained, '--num_samples=3', '--max_new_tokens=40', '--seed=7') != three
-    assert sample(run, trained, '--num_samples=1', '--max_new_tokens=40', '--top_k=1') == sample(
-        run, trained, '--num_samples=1', '--max_new_tokens=40', '--temperature=0')
-    assert sample(run, trained, '--num_samples=1', '--max_new_tokens=40', '--top_p=0.0001', '--top_k=None') == sample(
-        run, trained, '--num_samples=1', '--max_new_tokens=40', '--temperature=0')
+def test_sample_i_is_its_own(sample):
+    """The text of sample i depends on (seed, i): not on num_samples, not on streaming."""
+    three = sample('--num_samples=3', '--max_new_tokens=30')
+    # the newline of the default start, then 30 characters
+    assert len(set(three)) == 3 and all(len(text) == 31 and text[0] == '\n' for text in three)
+    assert sample('--num_samples=2', '--max_new_tokens=30') == three[:2]
+    assert sample('--num_samples=3', '--max_new_tokens=30', '--stream=True') == three
+    assert sample('--num_samples=3', '--max_new_tokens=30', '--seed=7') != three
+    greedy = sample('--num_samples=1', '--max_new_tokens=30', '--temperature=0')
+    for how in (['--top_k=1'], ['--top_p=0.0001', '--top_k=None']):
+        assert sample('--num_samples=1', '--max_new_tokens=30', *how) == greedy != three[:1]
 
 
-def test_memory_splits_the_batch(run, house, trained):
+@pytest.mark.slow
+def test_memory_splits_the_batch(sample, house):
     """Where memory is short the samples come in several batches, and are the same."""
     source = (house / 'sample.py').read_text(encoding='utf-8')
     short = source.replace('memory // 2 //', '120_000 //')  # room for the caches of 4 samples
     assert short != source
     (house / 'short.py').write_text(short, encoding='utf-8')
-    for how in (['--num_samples=9'], ['--num_samples=9', '--stream=True'], ['--num_samples=9', '--stop=the'], ['--num_samples=1']):
-        texts = [run(script, '--device=cpu', '--max_new_tokens=30', *how, cwd=trained) for script in ('sample.py', 'short.py')]
-        assert texts[0].stdout == texts[1].stdout and texts[0].stdout.count(END) == int(how[0].split('=')[1])
-        assert f"prefill {3 if '9' in how[0] else 1} tokens in" in texts[1].stderr
+    for how in (['--num_samples=9'], ['--num_samples=9', '--stop=the', '--stream=True'], ['--num_samples=1']):
+        n = int(how[0].split('=')[1])
+        got = sample('--max_new_tokens=30', *how)
+        assert len(got) == n and sample('--max_new_tokens=30', *how, script='short.py') == got
+        assert f"prefill {3 if n == 9 else 1} tokens in" in sample.err  # of one token each
 
 
-def test_speeds(run, trained):
+def test_speeds(sample):
     """Prefill and decode apart, on stderr; the first new token comes out of prefill."""
-    done = run('sample.py', '--device=cpu', '--num_samples=3', '--start=the ', '--max_new_tokens=11', cwd=trained)
-    assert re.fullmatch(r'prefill 4 tokens in [\d.]+ s, \d+ tok/s; decode 30 tokens in [\d.]+ s, \d+ tok/s; cpu, float32\n', done.stderr)
+    sample('--num_samples=3', '--start=the ', '--max_new_tokens=11')
+    speed = r'tokens in [\d.]+ s, \d+ tok/s; '
+    assert re.fullmatch(rf'prefill 4 {speed}decode 30 {speed}cpu, float32\n', sample.err)
 
 
-def test_compile(run, trained):
-    """Compiled with static shapes, the text stays."""
-    how = ['--num_samples=2', '--max_new_tokens=40', '--start=the lazy dog ']
-    assert sample(run, trained, *how, '--compile=True') == sample(run, trained, *how)
-
-
-def test_stop(run, trained):
-    """A sample ends before the stop text, streamed or not; one that never meets it goes on to its length."""
-    plain = sample(run, trained, '--num_samples=4', '--max_new_tokens=60')
+def test_stop(sample):
+    """A sample ends before the stop text, streamed or not; one that never meets it has its full length."""
+    plain = sample('--num_samples=4', '--max_new_tokens=40')
     want = [text[0] + text[1:].partition('the')[0] for text in plain]
     assert want != plain
-    for how in ('False', 'True'):
-        assert sample(run, trained, '--num_samples=4', '--max_new_tokens=60', '--stop=the', f'--stream={how}') == want
-    assert sample(run, trained, '--num_samples=4', '--max_new_tokens=60', '--stop=<|endoftext|>', '--stream=True') == plain
-    done = run('sample.py', '--device=cpu', '--num_samples=4', '--max_new_tokens=2000', '--stop=the', cwd=trained)  # and all stops when all have ended
-    assert int(re.search(r'decode (\d+) tokens', done.stderr)[1]) < 4 * 1000
+    for stream in ('False', 'True'):
+        how = ['--num_samples=4', '--max_new_tokens=40', f'--stream={stream}']
+        assert sample(*how, '--stop=the') == want
+        assert sample(*how, '--stop=<|endoftext|>') == plain
+    sample('--num_samples=4', '--max_new_tokens=2000', '--stop=the')  # the batch ends when all samples have
+    assert int(re.search(r'decode (\d+) tokens', sample.err)[1]) < 4 * 1000
 
 
-def test_prompts(run, trained, tmp_path):
-    """Text, FILE:path, standard input, nothing (a newline for characters), and one longer than the window."""
+def test_stream(sample, monkeypatch):
+    """The text comes token by token; without stream a sample comes in one piece."""
+    pieces, write = [], io.TextIOWrapper.write
+    for stream in ('True', 'False'):
+        seen = []
+        class Stdout(io.TextIOWrapper):
+            def write(self, text, seen=seen):
+                seen.append(text)
+                return write(self, text)
+        monkeypatch.setattr(sys, 'stdout', Stdout(io.BytesIO(), encoding='utf-8'))
+        with pytest.raises(AssertionError):  # nothing reached the stdout that is captured
+            sample('--num_samples=2', '--max_new_tokens=9', '--start=the ', f'--stream={stream}')
+        monkeypatch.undo()
+        pieces.append([text for text in seen if text and not text.endswith(END)])
+    assert [len(text) for text in pieces[0]] == [5, *[1] * 8, 13]  # the second sample was ready by then
+    assert [len(text) for text in pieces[1]] == [13, 13] and ''.join(pieces[0]) == ''.join(pieces[1])
+
+
+def test_prompts(sample, tmp_path):
+    """Text, FILE:path, standard input, nothing (a newline for characters), one longer than the window."""
     (tmp_path / 'prompt.txt').write_text('the lazy dog ')
     common = ['--num_samples=1', '--max_new_tokens=8', '--temperature=0']
-    typed = sample(run, trained, '--start=the lazy dog ', *common)
-    assert typed[0].startswith('the lazy dog ') and len(typed[0]) == 21
-    assert sample(run, trained, f'--start=FILE:{tmp_path / "prompt.txt"}', *common) == typed
-    assert sample(run, trained, '--start=-', *common, stdin='the lazy dog ') == typed
-    assert sample(run, trained, '--start=', *common)[0] == sample(run, trained, *common)[0].removeprefix('\n')
+    text = sample('--start=the lazy dog ', *common)
+    assert text[0].startswith('the lazy dog ') and len(text[0]) == 21
+    assert sample(f'--start=FILE:{tmp_path / "prompt.txt"}', *common) == text
+    assert sample('--start=-', *common, stdin='the lazy dog ') == text
+    assert sample('--start=', *common)[0] == sample(*common)[0].removeprefix('\n')
     long = 'the quick fox jumps over the fence, and '
-    assert sample(run, trained, f'--start={long}', *common)[0].startswith(long)
+    assert sample(f'--start={long}', *common)[0].startswith(long)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-def test_dtypes(run, trained, dtype):
-    assert 'the' in sample(run, trained, f'--dtype={dtype}', '--num_samples=1', '--max_new_tokens=100')[0]
+def test_dtypes(sample, dtype):
+    """Every precision runs on a CPU and still writes words."""
+    assert 'the' in sample(f'--dtype={dtype}', '--num_samples=1', '--max_new_tokens=60')[0]
+    assert sample.err.endswith(f'; cpu, {dtype}\n')
 
 
-def test_nanogpt_checkpoint(run, trained, house, tmp_path):
-    """One without a tokenizer finds it in data/NAME/meta.pkl, and without that says what to do."""
-    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
-    want = sample(run, trained, '--num_samples=1', '--max_new_tokens=40')
-    del checkpoint['tokenizer'], checkpoint['scaler']
+def test_last_checkpoint(sample, trained, tmp_path):
+    """A run that was ended before its first ckpt.pt left a last.pt alone; it can be sampled from."""
     (tmp_path / 'out').mkdir()
-    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
-    assert sample(run, tmp_path, '--num_samples=1', '--max_new_tokens=40') == want
-    checkpoint['config']['dataset'] = 'elsewhere'
-    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
-    assert 'Put the meta.pkl or tokenizer.json of its data set into' in run('sample.py', status=1, cwd=tmp_path)
+    (tmp_path / 'out' / 'last.pt').write_bytes((trained / 'out' / 'ckpt.pt').read_bytes())
+    how = ['--num_samples=1', '--max_new_tokens=20']
+    assert sample(*how, cwd=tmp_path) == sample(*how)
 
 
-def test_whole_characters(run, tmp_path):
-    """A character that spans several tokens appears whole in a stream, and broken bytes as without streaming."""
-    import tokenizers
-    bytes_only = tokenizers.ByteLevelBPETokenizer()
-    bytes_only.train_from_iterator([], vocab_size=257, special_tokens=['<|endoftext|>'])
+@pytest.mark.slow
+def test_whole_characters(sample, tmp_path):
+    """A character of several tokens appears whole in a stream, and broken bytes as without streaming."""
     torch.manual_seed(0)
     net = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=1, n_embd=8))
     (tmp_path / 'out').mkdir()
-    torch.save({'model': net.state_dict(), 'model_args': vars(net.config), 'tokenizer': {'kind': 'bpe', 'json': bytes_only.to_str()}},
-               tmp_path / 'out' / 'ckpt.pt')
-    how = ['--start=日本🦊', '--num_samples=2', '--max_new_tokens=300', '--temperature=1', '--top_k=0']
-    plain = sample(run, tmp_path, *how)
-    assert any(127 < ord(c) != 0xfffd for text in plain for c in text[3:])  # characters of two bytes came up
-    assert sample(run, tmp_path, *how, '--stream=True') == plain
+    torch.save({'model': net.state_dict(), 'model_args': vars(net.config),
+                'tokenizer': train_bpe([], 257).spec}, tmp_path / 'out' / 'ckpt.pt')
+    how = ['--start=日本🦊', '--num_samples=2', '--max_new_tokens=200', '--temperature=1', '--top_k=0']
+    plain = sample(*how, cwd=tmp_path)
+    assert any(127 < ord(c) != 0xfffd for text in plain for c in text[3:])  # two bytes made a character
+    assert sample(*how, '--stream=True', cwd=tmp_path) == plain
 
 
-def test_transformers_folder(run, tmp_path, bpe):
-    """GPT-2's encoding for a folder without a tokenizer, greedy text as transformers' own, from <|endoftext|> where nothing is given."""
+@pytest.mark.slow
+def test_compile(run, trained):
+    """Compiled with static shapes, the text stays. (It would if decode failed to compile and ran eager.)"""
+    how = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20', '--start=the lazy dog ']
+    plain, compiled = (run('sample.py', *how, f'--compile={value}', cwd=trained) for value in (False, True))
+    assert 'running eager' not in compiled.stderr or not shutil.which('g++')
+    assert len(texts(compiled.stdout)) == 2 and compiled.stdout == plain.stdout
+
+
+@pytest.mark.slow
+def test_process(run, sample, trained):
+    """As a process of its own: the text alone on stdout, as UTF-8, from a prompt on stdin."""
+    how = ['--num_samples=2', '--max_new_tokens=20', '--start=-']
+    done = run('sample.py', '--device=cpu', *how, stdin='the lazy ', cwd=trained)
+    assert texts(done.stdout) == sample(*how, stdin='the lazy ')
+    assert done.stderr.startswith('prefill 9 tokens')
+
+
+@pytest.mark.slow
+def test_nanogpt_checkpoint(run, sample, trained, tmp_path):
+    """One without a tokenizer finds it in data/NAME/meta.pkl, and without that names what to do."""
+    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
+    del checkpoint['tokenizer']
+    (tmp_path / 'out').mkdir()
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    how = ['--num_samples=1', '--max_new_tokens=20']
+    assert texts(run('sample.py', '--device=cpu', *how, cwd=tmp_path).stdout) == sample(*how)
+    checkpoint['config']['dataset'] = 'elsewhere'
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    error = run('sample.py', status=1, cwd=tmp_path)
+    assert re.search('put the meta.pkl or tokenizer.json of its data set into .*elsewhere$', error)
+
+
+@pytest.mark.slow
+def test_transformers_folder(sample, tmp_path, bpe):
+    """
+    GPT-2's encoding for a folder without a tokenizer; greedy text as transformers' own, from <|endoftext|>
+    where nothing is given.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32, initializer_range=1.0)).eval()
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32, initializer_range=1.0)
+    theirs = GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / 'gpt2')
     for start in ('Hello, world', ''):
         ids = torch.tensor([bpe.encode(start) or [50256]])
-        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=50256)
-        got = sample(run, tmp_path, f'--init_from={tmp_path / "gpt2"}', f'--start={start}', '--temperature=0', '--num_samples=1', '--max_new_tokens=12')
+        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                               eos_token_id=None, pad_token_id=50256)
+        got = sample(f'--init_from={tmp_path / "gpt2"}', f'--start={start}', '--temperature=0',
+                     '--num_samples=1', '--max_new_tokens=12')
         assert got == [start + bpe.decode(want[0, ids.size(1):].tolist())]

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import check_vocab_size, gpt2_bpe, train_bpe, write_characters, write_documents  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import check_vocab_size, write_characters, write_documents  # noqa: E402
+from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
 input = ''                          # a text file in UTF-8, a folder of .txt files, or a glob
 name = 'custom'                     # folder below data/ to write to
-tokenizer = 'char'                  # char: one token a character; gpt2: GPT-2's; bpe: one trained on this text
+tokenizer = 'char'                  # char: one token per character; gpt2: GPT-2's; bpe: trained on this text
 vocab_size = 4096                   # of bpe, at most 65536; a small text yields fewer
 num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
@@ -23,14 +24,20 @@ exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 folder = HERE.parent / name
 pattern = f'{glob.escape(input)}/**/*.txt' if os.path.isdir(input) else input
 paths = sorted({path for path in [input, *glob.glob(pattern, recursive=True)] if os.path.isfile(path)})
-for wrong, why in ((not input, "which text? --input=FILE, a folder or a glob"),
-                   (not paths, f"--input={input}: no such text"),
-                   (tokenizer not in ('char', 'gpt2', 'bpe'), f"tokenizer {tokenizer!r} is none of char, gpt2, bpe"),
-                   (num_workers < 1, f"num_workers must be at least 1, not {num_workers}"),
-                   (name in ('', '..') or Path(name).name != name, f"name {name!r} must be the name of a folder, without a path"),
-                   (name != 'custom' and (folder / 'prepare.py').exists(), f"data/{name} is a data set of its own: choose another --name")):
-    if wrong:
-        sys.exit(why)
+if not input:
+    sys.exit("which text? --input=FILE, a folder or a glob")
+if not paths:
+    sys.exit(f"--input={input}: no such text")
+if tokenizer not in ('char', 'gpt2', 'bpe'):
+    sys.exit(f"tokenizer {tokenizer!r} is none of char, gpt2, bpe")
+if tokenizer == 'bpe':
+    check_vocab_size(vocab_size)
+if num_workers < 1:
+    sys.exit(f"num_workers must be at least 1, not {num_workers}")
+if name in ('', '..') or Path(name).name != name:
+    sys.exit(f"name {name!r} must be the name of a folder, without a path")
+if name != 'custom' and (folder / 'prepare.py').exists():
+    sys.exit(f"data/{name} is a data set of its own: choose another --name")
 
 texts = []
 for path in paths:
@@ -39,29 +46,26 @@ for path in paths:
         texts.append(data.decode('utf-8-sig').replace('\r\n', '\n'))
     except UnicodeDecodeError as error:
         row = data[:error.start].count(b'\n') + 1
-        sys.exit(f"{path}, row {row}: not UTF-8 ({error.reason}, byte {data[error.start]:#x}); iconv -f GB18030 -t UTF-8 converts Chinese text of old")
+        sys.exit(f"{path}, row {row}: not UTF-8 ({error.reason}, byte {data[error.start]:#x}); "
+                 "iconv -f GB18030 -t UTF-8 converts Chinese text of old")
 texts = [text for text in texts if text]
 if not texts:
     sys.exit(f"--input={input}: {len(paths)} empty files")
 
-# the first nine tenths to train on, the rest for validation; a text at the border falls into both
+# the first nine tenths are for training, the rest for validation; a text at the border is cut in two
 cut, train, val = int(0.9 * sum(map(len, texts))), [], []
 for text in texts:
     train += [text[:cut]] if cut > 0 else []
     val += [text[max(cut, 0):]] if cut < len(text) else []
     cut -= len(text)
 
-if tokenizer == 'gpt2':
-    encode, end = gpt2_bpe()
-elif tokenizer == 'bpe':
-    check_vocab_size(vocab_size)
+# an older data set stays as it is until everything that can fail has succeeded
 folder.mkdir(exist_ok=True)
-for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):
-    (folder / stale).unlink(missing_ok=True)
 if tokenizer == 'char':
     write_characters(folder, '\n'.join(train), '\n'.join(val))
 else:
-    if tokenizer == 'bpe':
-        encode, end = train_bpe(train, vocab_size, folder / 'tokenizer.json')
-    write_documents(folder, encode, end, num_workers, train=(len(train), [[text] for text in train]), val=(len(val), [[text] for text in val]))
+    gpt2 = {'kind': 'gpt2'}
+    bpe = train_bpe(train, vocab_size) if tokenizer == 'bpe' else Tokenizer(gpt2, ordinary=True)
+    write_documents(folder, bpe, num_workers, train=(len(train), [[text] for text in train]),
+                    val=(len(val), [[text] for text in val]))
 print(f"train on it with --dataset={name}")

@@ -1,5 +1,5 @@
 """
-Python's own standard library, one token a character: several MB of good text that is on every machine
+Python's own standard library, one token per character: several MB of good text that is on every machine
 that can run this. Writes train.bin, val.bin and meta.pkl beside this file.
 
     python data/python_char/prepare.py
@@ -9,12 +9,12 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import write_characters  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import write_characters  # noqa: E402
 
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 
-# Not the library itself: what was installed, its tests, and what not every Python ships
+# what was installed, tests, and what not every Python has
 SKIPPED = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'ensurepip'}
 
 stdlib = Path(sysconfig.get_path('stdlib'))
@@ -29,4 +29,3 @@ if not modules:
 cut = int(len(modules) * 0.9)
 print(f"{len(modules)} modules of {stdlib}, the last {len(modules) - cut} for validation")
 write_characters(HERE, '\n'.join(modules[:cut]), '\n'.join(modules[cut:]))
-

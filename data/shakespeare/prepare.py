@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import TINY_SHAKESPEARE, download, gpt2_bpe, write_bins  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import TINY_SHAKESPEARE, download, write_bins  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
 
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 
 text = download(*TINY_SHAKESPEARE, HERE / 'input.txt').decode()
 cut = int(len(text) * 0.9)
-encode, _ = gpt2_bpe()
-write_bins(HERE, train=encode(text[:cut]), val=encode(text[cut:]))
+tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)
+write_bins(HERE, tokenizer, train=[tokenizer.encode(text[:cut])], val=[tokenizer.encode(text[cut:])])
 
 # train.bin has 301,966 tokens
 # val.bin has 36,059 tokens

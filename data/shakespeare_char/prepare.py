@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare, one token a character: writes train.bin, val.bin and meta.pkl beside this file.
+Tiny Shakespeare, one token per character: writes train.bin, val.bin and meta.pkl beside this file.
 
     python data/shakespeare_char/prepare.py
 """
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import TINY_SHAKESPEARE, download, write_characters  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import TINY_SHAKESPEARE, download, write_characters  # noqa: E402
 
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 

@@ -1,5 +1,6 @@
 """
-Chinese Wikipedia with a byte-level BPE trained on it: writes train.bin, val.bin and tokenizer.json beside this file.
+Chinese Wikipedia with a byte-level BPE trained on it: writes train.bin, val.bin and tokenizer.json beside
+this file.
 
     python data/wiki_zh/prepare.py --input=wiki_zh
 
@@ -11,10 +12,18 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from common import check_texts, check_vocab_size, in_batches, split_documents, train_bpe, unreadable, write_documents  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import (  # noqa: E402
+    check_texts,
+    check_vocab_size,
+    in_batches,
+    split_documents,
+    unreadable,
+    write_documents,
+)
+from data.tokenizer import train_bpe  # noqa: E402
 
-input = str(HERE / 'wiki_zh')       # folder with the files AA/wiki_00 … of JSON lines with the fields title and text
+input = str(HERE / 'wiki_zh')       # folder of files AA/wiki_00 …, JSON lines with the fields title and text
 vocab_size = 16384                  # of the tokenizer, at most 65536
 num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
@@ -22,25 +31,31 @@ exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 import datasets  # noqa: E402
 
 paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
-if not paths or num_workers < 1:
-    sys.exit(f"num_workers must be at least 1, not {num_workers}" if paths else f"no {input}/AA/wiki_00 …: unpack wiki_zh_2019.zip there, see {HERE / 'readme.md'}, or name its folder with --input")
+if not paths:
+    sys.exit(f"no {input}/AA/wiki_00 …: unpack wiki_zh_2019.zip there, see {HERE / 'readme.md'}, "
+             "or name its folder with --input")
+if num_workers < 1:
+    sys.exit(f"num_workers must be at least 1, not {num_workers}")
 check_vocab_size(vocab_size)
 try:
     documents = datasets.load_dataset('json', data_files=[glob.escape(path) for path in paths], split='train')
     check_texts(input, documents, 'title', 'text')
-except (ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file
+except (ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    # StopIteration comes from an empty file
     sys.exit(f"{input}: {unreadable(paths, 'json', error)}")
 
 
 def articles(part):
-    """Lists of texts, each with its title on top, where wiki_zh_2019 has it already."""
+    """Yields lists of texts, each with its title on top, where wiki_zh_2019 has it already."""
     for rows in in_batches(part):
-        yield [text if text.startswith(title) else f'{title}\n\n{text}' for title, text in zip(rows['title'], rows['text'])]
+        yield [text if text.startswith(title) else f'{title}\n\n{text}'
+               for title, text in zip(rows['title'], rows['text'], strict=True)]
 
 
 train, val = split_documents(documents, test_size=0.005)
-# Chinese runs on without spaces, so whole clauses count as words and the trainer's memory grows with the text: 50,000 articles tell enough
+# Chinese has no spaces, so whole clauses count as words and the trainer's memory grows with the text: 50,000
+# articles are enough
 sample = train.select(range(0, len(train), len(train) // 50_000 + 1))
-(HERE / 'train.bin').unlink(missing_ok=True)
-encode, end = train_bpe(articles(sample), vocab_size, HERE / 'tokenizer.json')
-write_documents(HERE, encode, end, num_workers, train=(len(train), articles(train)), val=(len(val), articles(val)))
+tokenizer = train_bpe(articles(sample), vocab_size)
+write_documents(HERE, tokenizer, num_workers, train=(len(train), articles(train)),
+                val=(len(val), articles(val)))
