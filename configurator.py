@@ -89,7 +89,7 @@ def _configure(script):
     if ignored and first_process:
         files, names = ', '.join(dict.fromkeys(ignored.values())), ', '.join(ignored)
         print(f"{files}: ignored, no keys of {Path(sys.argv[0]).name}: {names}", file=sys.stderr)
-    script.update(given, config={**defaults, **given}, given_keys=set(given))
+    script.update(given, config={**defaults, **given}, given_keys=set(given), key_types=takes)
 
 _configure(globals())
 del _configure

@@ -187,6 +187,8 @@ class GPT(nn.Module):
         'adamw' decays matrices and embeddings but no bias and no norm, in one fused kernel where PyTorch has
         it. 'muon' is the same but for the matrices of the blocks, which Muon updates.
         """
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"beta1 and beta2 must be in [0, 1), not {betas[0]} and {betas[1]}")
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
@@ -385,7 +387,7 @@ class GPT(nn.Module):
         dropout = (override_args or {}).get('dropout', 0.0)
         model = cls.from_weights(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd,
                                            dropout, bias, activation), weights)
-        if (Path(model_type) / 'tokenizer.json').exists():
+        if (Path(model_type) / 'tokenizer.json').exists() or hf.vocab_size < 50257:
             model.tokenizer_source = Path(model_type)
         return model
 

@@ -87,7 +87,7 @@ compile: bool | None = None             # torch.compile; by default on CUDA only
 peak_flops: float | None = None         # FLOP/s that mfu is measured against
 activation_checkpointing = False        # compute the blocks twice instead of storing them: less memory
 profile = False                         # profile one iteration: a table, and out_dir/trace.json
-config, given_keys = {}, set()          # the configurator's: all keys, and those set by a file or by --key
+config, given_keys, key_types = {}, set(), {}  # of the configurator; given: by a file or by --key
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 
 def set_keys(**values):
@@ -111,9 +111,8 @@ class Log:
     """What a run tells: lines on the screen, a progress bar under them, metrics.jsonl, Weights & Biases."""
 
     def __init__(self):
-        self.bar = self.wandb_run = None
-        # a new run writes beside an earlier run's file until its first save, see set_earlier_run_aside
-        self.metrics_path = f'{metrics_path}.part' if os.path.exists(metrics_path) else metrics_path
+        self.bar, self.wandb_run = tqdm(disable=True), None
+        self.metrics_path = metrics_path
         self.timings = []  # seconds per iteration, one for each log line
         tqdm.set_lock(RLock())  # the default is a lock between processes, which os._exit leaks
 
@@ -121,12 +120,9 @@ class Log:
         if master_process:
             tqdm.write(text)
 
-    def progress(self, steps, name):
-        return tqdm(steps, name, leave=False, disable=None if master_process else True)
-
     def start_clock(self, iter_num):
         """Times training from this iteration on. Called again after everything that is not training."""
-        if self.bar is None:
+        if self.bar.total is None:
             self.bar = tqdm(total=max_iters, initial=iter_num, leave=False, dynamic_ncols=True,
                             disable=None if master_process and not eval_only else True,
                             bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}')
@@ -135,7 +131,7 @@ class Log:
         if iter_num == start_iter:
             self.run_start = self.clock
 
-    def step(self, iter_num, loss, lr, grad_norm):
+    def step(self, iter_num, loss, grad_norm):
         """An iteration's log line and record. The time left follows from the mean speed of the whole run."""
         now, done = time.perf_counter(), iter_num + 1
         seconds = (now - self.clock) / (done - self.clock_iter)
@@ -146,9 +142,9 @@ class Log:
         self.bar.set_description_str(f"loss {loss:.4f}, {speed}", refresh=False)
         self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, "
                   f"mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed}, {peak_memory():.2f} GB")
-        self.record(iter=iter_num, loss=loss, lr=lr, ms=seconds * 1000, tokens_per_second=tokens_per_second,
-                    mfu=mfu, grad_norm=grad_norm if math.isfinite(grad_norm) else None,
-                    tokens=iter_num * tokens_per_iter)
+        self.record(iter=iter_num, loss=loss, lr=get_lr(iter_num), mfu=mfu, ms=seconds * 1000,
+                    tokens=iter_num * tokens_per_iter, tokens_per_second=tokens_per_second,
+                    grad_norm=grad_norm if math.isfinite(grad_norm) else None)
         self.timings.append(seconds)
         self.start_clock(done)
 
@@ -158,6 +154,16 @@ class Log:
             with open(self.metrics_path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(values) + '\n')
             self.to_wandb('log', values)
+
+    def open_metrics(self, metrics_bytes):
+        """A resumed run drops what came after its checkpoint, a new one leaves an earlier file alone."""
+        if not resumed and any(map(os.path.exists, (ckpt_path, last_path, metrics_path))):
+            self.metrics_path = f'{metrics_path}.part'  # until the first save
+        with open(self.metrics_path, 'ab' if resumed else 'wb') as f:
+            f.truncate(min(f.tell(), metrics_bytes))
+
+    def metrics_bytes(self):
+        return os.path.getsize(self.metrics_path) if os.path.exists(self.metrics_path) else 0
 
     def open_wandb(self, run_id):
         """Starts a run of Weights & Biases, or goes on with the one of run_id; offline without a login."""
@@ -194,8 +200,7 @@ def fail(message):
     if local_rank:  # rank 0 prints first and torchrun then ends the others, unless this one fails alone
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    if log.bar is not None:
-        log.bar.close()
+    log.bar.close()
     print(message, file=sys.__stderr__, flush=True)  # the wrapped sys.stderr puts the rank in front
     if distributed:
         os._exit(1)  # gloo's threads abort one teardown of the interpreter in twelve
@@ -206,7 +211,7 @@ def excepthook(kind, error, trace):
     if kind is RuntimeError and isinstance(error.__context__, OSError):  # of torch.save
         error = error.__context__
     last = traceback.extract_tb(trace)[-1]
-    raised_here = Path(last.filename).parent in (ROOT, ROOT / 'data') and last.line.startswith('raise ')
+    ours = Path(last.filename).resolve().parent in (ROOT, ROOT / 'data') and last.line.startswith('raise ')
     if distributed and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
         fail(f"rank {rank}: lost the other ranks, go on with --init_from=resume ({one_line(error)})")
     elif isinstance(error, torch.OutOfMemoryError):
@@ -216,7 +221,7 @@ def excepthook(kind, error, trace):
         fail("nobody reads this run's output any more; go on with --init_from=resume")
     elif isinstance(error, OSError):
         fail(f"{error.filename or out_dir}: {error.strerror}" if error.strerror else error)
-    elif raised_here and isinstance(error, ValueError):
+    elif ours and isinstance(error, ValueError):
         fail(error)
     elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, error.__traceback__)
@@ -239,8 +244,7 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
 # -----------------------------------------------------------------------------
 # The run and the machine: folder, checkpoint to resume, settings, device
 # Keys that are never taken from a checkpoint; a resumed run takes all others unless they are given
-NOT_RESUMED = {'out_dir', 'init_from', 'eval_only', 'profile',
-               'device', 'dtype', 'compile', 'backend', 'dist_timeout', 'peak_flops'}
+NOT_TAKEN = 'out_dir init_from eval_only profile device dtype compile backend dist_timeout peak_flops'.split()
 
 def lock_out_dir():
     """Makes out_dir and locks it until this process ends, whatever ends it. Returns what has to stay open."""
@@ -273,8 +277,11 @@ checkpoint, resume_path = newest_checkpoint() if resumed else ({}, None)
 start_iter = checkpoint.get('iter_num', 0)
 saved_iter = None                       # iteration of the newest checkpoint that this run has saved
 saved_config = {key: value for key, value in checkpoint.get('config', {}).items()
-                if key in config and key not in NOT_RESUMED}
-set_keys(**{key: value for key, value in saved_config.items() if key not in given_keys})
+                if key in config and key not in NOT_TAKEN}
+for key in saved_config.keys() - given_keys:
+    if type(saved_config[key]) not in key_types[key] and saved_config[key] not in key_types[key]:
+        fail(f"{resume_path} has {key}={saved_config[key]!r}: set it to what --help lists")
+    set_keys(**{key: saved_config[key]})
 
 for least, keys in (
         (1, 'eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size'),
@@ -282,8 +289,6 @@ for least, keys in (
     for key in keys.split():
         if config[key] is not None and config[key] < least:
             fail(f"{key} must be at least {least}, not {config[key]}")
-if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-    fail(f"beta1 and beta2 must be in [0, 1), not {beta1} and {beta2}")
 if dataset is None and (eval_only or resumed or max_iters <= log_interval):
     fail("dataset=None only times training, for more than log_interval iterations: name a --dataset")
 if gradient_accumulation_steps % world_size:
@@ -334,12 +339,9 @@ for path in (data_dir / 'train.bin', data_dir / 'val.bin') if dataset else ():
 tokenizer_spec = read_tokenizer_spec(data_dir) if dataset else {'kind': 'gpt2'}
 
 def model_from_scratch():
-    if tokenizer_spec['kind'] == 'char':
-        vocab_size = tokenizer_spec.get('vocab_size') or len(tokenizer_spec['itos'])
-    elif tokenizer_spec['kind'] == 'gpt2':
-        vocab_size = 50304  # 50257, and up to a multiple of 64, by which GPUs multiply faster
-    else:
-        vocab_size = math.ceil(Tokenizer(tokenizer_spec).vocab_size / 64) * 64
+    kind = tokenizer_spec['kind']
+    n = 50257 if kind == 'gpt2' else tokenizer_spec.get('vocab_size') or Tokenizer(tokenizer_spec).vocab_size
+    vocab_size = n if kind == 'char' else math.ceil(n / 64) * 64  # GPUs multiply faster by multiples of 64
     return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
 
 def model_from_checkpoint():
@@ -365,7 +367,7 @@ def make_optimizer():
         return optim
     saved, groups = checkpoint['optimizer'], optim.state_dict()['param_groups']
     other = ValueError(f"{resume_path} has the state of another --optimizer than {optimizer}")
-    if [len(g['params']) for g in groups] != [len(g['params']) for g in saved['param_groups']]:
+    if [len(g['params']) for g in groups] != [len(g['params']) for g in saved.get('param_groups', [])]:
         raise other
     optim.load_state_dict({**saved, 'param_groups': groups})
     wpe = optim.state.get(model.transformer.wpe.weight, {})
@@ -383,8 +385,6 @@ model.to(device).train().activation_checkpointing = activation_checkpointing
 optim = make_optimizer()
 scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())  # {} if the scaler was off
 iter_num, best_val_loss = start_iter, float(checkpoint.get('best_val_loss', math.inf))
-metrics_bytes, wandb_id = checkpoint.get('metrics_bytes', math.inf), checkpoint.get('wandb_id')
-checkpoint = None                       # frees its memory
 # What a checkpoint tells of its model: nanoGPT's seven keys, and one more only where we depart from nanoGPT
 model_args = {key: getattr(model.config, key) for key in (
     'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dropout', 'vocab_size',
@@ -491,7 +491,8 @@ def estimate_loss():
     losses = torch.zeros(2, 2, device=device)  # sum and weight per split; += below writes here
     rounds = math.ceil(eval_batches / world_size)  # the same number on every rank
     for (total, weight), stream in zip(losses, ('eval-train', 'eval-val'), strict=True):
-        for k in log.progress(range(rank, rounds * world_size, world_size), stream):
+        steps = range(rank, rounds * world_size, world_size)
+        for k in tqdm(steps, stream, leave=False, disable=None if master_process else True):
             if stop_requested and not distributed:
                 return None
             X, Y = get_batch(stream, 0, k)
@@ -530,11 +531,11 @@ def get_lr(it):
 
 first_nonfinite = torch.full((), math.inf, device=device)  # iteration of the first such loss or gradient
 
-def train_step(iter_num, lr):
+def train_step(iter_num):
     """One iteration. Returns this rank's sum of losses and the norm of the gradient, both on the device, or
     (None, None) if a stop was requested before the parameters moved."""
     for group in optim.param_groups:
-        group['lr'] = lr
+        group['lr'] = get_lr(iter_num)
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(rank, gradient_accumulation_steps, world_size):
         X, Y = get_batch('train', iter_num, micro_step)
@@ -579,7 +580,7 @@ def save_checkpoint(best=False):
     state = {'model': model.state_dict(), 'optimizer': optim.state_dict(), 'model_args': model_args,
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
              'scaler': scaler.state_dict(), 'tokenizer': tokenizer_spec,
-             'metrics_bytes': os.path.getsize(log.metrics_path),
+             'metrics_bytes': log.metrics_bytes(),
              'wandb_id': log.wandb_run and log.wandb_run.id}
     try:
         with open(f'{path}.part', 'wb') as f:
@@ -603,7 +604,8 @@ def set_earlier_run_aside():
     for path in earlier:
         os.replace(path, path + suffix)
         log.line(f"{path} of an earlier run is kept as {path}{suffix}")
-    os.replace(log.metrics_path, metrics_path)
+    if os.path.exists(log.metrics_path):
+        os.replace(log.metrics_path, metrics_path)
     log.metrics_path = metrics_path
 
 def stop_votes():
@@ -627,8 +629,9 @@ def start_profiler():
         os.makedirs(out_dir, exist_ok=True)
         profiler.export_chrome_trace(trace)
         log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
+        log.start_clock(iter_num + 1)
     wait = max(0, min(7, max_iters - start_iter - 1))
-    schedule = torch.profiler.schedule(wait=wait, warmup=0, active=1, repeat=1)
+    schedule = torch.profiler.schedule(wait=wait - min(1, wait), warmup=min(1, wait), active=1, repeat=1)
     profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
     profiler.start()
     return profiler
@@ -638,12 +641,10 @@ def start_profiler():
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, request_stop)
 if saving and master_process:
-    if resumed:
-        log.metrics_path = metrics_path
-    with open(log.metrics_path, 'ab' if resumed else 'wb') as f:
-        f.truncate(min(f.tell(), metrics_bytes))  # drops what came after the checkpoint, which runs again
-if wandb_log and saving and master_process:
-    log.open_wandb(wandb_id)
+    log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
+    if wandb_log:
+        log.open_wandb(checkpoint.get('wandb_id'))
+checkpoint = None                       # frees its memory
 votes = stop_votes() if distributed else None
 profiler = start_profiler() if profile and master_process else None
 log.start_clock(iter_num)
@@ -653,9 +654,9 @@ while True:
     if stopping and saving and iter_num > start_iter:
         if iter_num != saved_iter:
             save_checkpoint()
-        machine = [f'--{key}={config[key]}' for key in ('device', 'dtype', 'compile') if key in given_keys]
+        launch, keys = ('torchrun …', []) if distributed else ('python', ['device', 'dtype', 'compile'])
+        machine = [f'--{key}={config[key]}' for key in keys if key in given_keys]
         command = shlex.join([sys.argv[0], '--init_from=resume', f'--out_dir={out_dir}', *machine])
-        launch = 'torchrun …' if distributed else 'python'
         log.line(f"stopped before iteration {iter_num}: go on with `{launch} {command}`")
         break
     if stopping:
@@ -686,17 +687,16 @@ while True:
             log.line(f"best val loss {best_val_loss:.4f}" + (
                 f"; {ckpt_path} is the last, of {val_loss:.4f}: always_save_checkpoint=False keeps the best"
                 if always_save_checkpoint and val_loss > best_val_loss else ''))
-            command = shlex.join([os.path.join(PROJECT, 'sample.py'), f'--out_dir={out_dir}'])
-            log.line(f"sample from it: python {command}")
+            arguments = shlex.join([os.path.join(PROJECT, 'sample.py'), f'--out_dir={out_dir}'])
+            log.line(f"sample from it: python {arguments}")
         break
 
-    lr = get_lr(iter_num)
-    loss_sum, grad_norm = train_step(iter_num, lr)
+    loss_sum, grad_norm = train_step(iter_num)
     if loss_sum is None:
         continue
     if iter_num % log_interval == 0:
         check_finite()
-        log.step(iter_num, all_reduce(loss_sum).item() / gradient_accumulation_steps, lr, grad_norm.item())
+        log.step(iter_num, all_reduce(loss_sum).item() / gradient_accumulation_steps, grad_norm.item())
     if profiler:
         profiler.step()
     iter_num += 1

@@ -35,7 +35,8 @@ def read_tokenizer_spec(folder):
         except Exception as error:  # a damaged pickle fails in a dozen ways
             raise ValueError(f"cannot read {meta} ({one_line(error)}): "
                              "it must hold a plain dict with vocab_size, stoi and itos") from error
-    return {'kind': 'bpe', 'json': trained.read_text('utf-8')} if trained.is_file() else {'kind': 'gpt2'}
+    text = trained.read_text('utf-8', errors='replace') if trained.is_file() else None
+    return {'kind': 'bpe', 'json': text} if text is not None else {'kind': 'gpt2'}
 
 
 class Tokenizer:
@@ -115,10 +116,9 @@ class Tokenizer:
             characters.decoder = decoders.Fuse()
             return characters
         from transformers.convert_slow_tokenizer import TikTokenConverter
-        bpe = self.bpe
-        converter = TikTokenConverter(pattern=bpe._pat_str, extra_special_tokens=bpe._special_tokens)
-        converter.load_tiktoken_bpe = lambda path: bpe._mergeable_ranks  # in memory already
-        return converter.converted()
+        hf = TikTokenConverter(pattern=self.bpe._pat_str, extra_special_tokens=self.bpe._special_tokens)
+        hf.load_tiktoken_bpe = lambda path: self.bpe._mergeable_ranks  # in memory already
+        return hf.converted()
 
 
 def char_tokenizer(alphabet):

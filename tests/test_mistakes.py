@@ -1,4 +1,6 @@
 """What a newcomer gets wrong: status 1 and one line that says what to do, no traceback, nothing harmed."""
+import os
+import pickle
 import random
 import shutil
 import socket
@@ -159,3 +161,42 @@ def test_ranks(run, start):
         assert run('train.py', *SMALL, *arguments, status=1, ranks=2).count(words) == 1
     assert alone.stdout.read() == 'seed must be at least 0, not -1\n'
     assert alone.wait() == 1
+
+
+@slow
+@pytest.mark.skipif(os.name != 'posix', reason='symbolic links')
+def test_other_ways_to_the_script(run, house, trained, tmp_path):
+    """Started through `..` or a link, train.py took its own errors for bugs and printed a traceback."""
+    (house / 'data' / 'link').symlink_to(house)
+    for script in ('data/../train.py', 'data/link/train.py'):
+        words = run(script, *SMALL, '--init_from=resume', '--optimizer=muon', status=1)
+        assert 'another --optimizer than muon' in words
+
+
+@slow
+@pytest.mark.parametrize('key, value', [('lr_schedule', 'step'), ('sampler', 'blocks'), ('seed', 'x'),
+                                        ('batch_size', 4.0), ('max_iters', [3])])
+def test_settings_of_a_checkpoint(run, trained, tmp_path, key, value):
+    """What a resumed run takes from a checkpoint is checked like the command line. A given key wins."""
+    path = tmp_path / 'out' / 'ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    good, checkpoint['config'][key] = checkpoint['config'][key], value
+    torch.save(checkpoint, path)
+    words = run('train.py', '--init_from=resume', '--device=cpu', status=1)
+    assert words.startswith(f'out/ckpt.pt has {key}={value!r}')
+    run('train.py', '--init_from=resume', '--device=cpu', f'--{key}={good}', '--eval_only=True')
+
+
+@slow
+def test_tokenizer_files(run, house, trained, tmp_path):
+    """Half a meta.pkl, a tokenizer.json that is not UTF-8, an empty optimizer: one line each."""
+    for name, file, content, words in (
+            ('half', 'meta.pkl', pickle.dumps({'stoi': {'a': 0}}), 'lacks stoi or itos'),
+            ('latin', 'tokenizer.json', b'{"caf\xe9"}', 'cannot read tokenizer.json')):
+        folder = house / 'data' / name
+        shutil.copytree(house / 'data' / 'bare', folder)
+        (folder / file).write_bytes(content)
+        assert words in run('train.py', *SMALL, f'--dataset={name}', status=1)
+    checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    torch.save({**checkpoint, 'optimizer': {}}, tmp_path / 'out' / 'ckpt.pt')
+    assert 'another --optimizer' in run('train.py', *SMALL, '--init_from=resume', status=1)

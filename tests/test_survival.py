@@ -410,3 +410,51 @@ def test_out_dir_that_cannot_be_written(run, tmp_path):
     for out_dir, reason in (('file', 'File exists'), ('file/below', 'Not a directory'),
                             (forbidden, 'Permission denied' if os.getuid() else 'No such file or directory')):
         assert run('train.py', *SMALL, f'--out_dir={out_dir}', status=1) == f'{out_dir}: {reason}\n'
+
+
+@posix
+@slow
+def test_metrics_of_others(run, start, tmp_path):
+    """
+    A metrics.jsonl that is removed costs no checkpoint. Beside a checkpoint without metrics, as nanoGPT
+    leaves it, a new run that is killed before its first save leaves none that resuming would cut in two.
+    """
+    process = start(*SMALL, '--max_iters=100000', '--eval_interval=100000', '--log_interval=20')
+    wait_for(process, 'iter 20:')
+    (tmp_path / 'out' / 'metrics.jsonl').unlink()
+    wait_for(process, 'iter 40:')
+    (tmp_path / 'out' / 'metrics.jsonl').unlink()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0 and load(tmp_path / 'out')['iter_num'] > 40
+    (tmp_path / 'out' / 'metrics.jsonl').unlink(missing_ok=True)
+    process = start(*SMALL, '--max_iters=100000', '--eval_interval=100000')
+    wait_for(process, 'iter 3:')
+    process.kill()
+    process.wait()
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'ckpt.pt', 'metrics.jsonl.part'}
+
+
+@slow
+def test_better_after_a_stop(run, tmp_path):
+    """A run that was stopped before an evaluation, finds its best loss there when resumed, and saves it."""
+    how = [*SMALL, '--always_save_checkpoint=False', '--decay_lr=False', '--eval_interval=4']
+    run('train.py', *how, '--max_iters=4')
+    saved = load(tmp_path / 'out')
+    assert saved['best_val_loss'] < 5
+    saved['best_val_loss'] = 5.0  # as it was when SIGTERM came in the middle of the evaluation
+    torch.save(saved, tmp_path / 'out' / 'last.pt')
+    (tmp_path / 'out' / 'ckpt.pt').unlink()
+    run('train.py', *how, '--init_from=resume', '--max_iters=4')
+    assert load(tmp_path / 'out')['best_val_loss'] < 5 and not (tmp_path / 'out' / 'last.pt').exists()
+
+
+@slow
+def test_folders_that_are_not_shared(run, altered, tmp_path):
+    """Ranks that find checkpoints of different iterations, each in a folder of its own machine, say so."""
+    run('train.py', *SMALL, '--max_iters=2')
+    (tmp_path / '1').mkdir()
+    shutil.copytree(tmp_path / 'out', tmp_path / '1' / 'out')
+    run('train.py', *SMALL, '--max_iters=3', '--init_from=resume')
+    script = altered("import os\nif os.environ['RANK'] == '1':\n    os.chdir('1')")
+    words = run(script, *SMALL, '--init_from=resume', '--max_iters=9', status=1, ranks=2)
+    assert 'iterations 2 and 3 were found: out must be one shared folder' in words
