@@ -414,14 +414,14 @@ class GPT(nn.Module):
         """
         if any(module.weight is None for module in self.modules() if isinstance(module, nn.Linear)):
             raise ValueError("for_sampling has packed the weights for this CPU: save the model before it")
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2Config, GPT2LMHeadModel, logging
+        logging.disable_progress_bar()
         c, tokenizer, folder = self.config, self.tokenizer(), Path(folder)
         hf_model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size,
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            activation_function=next(hf for hf, ours in HF_ACTIVATIONS.items() if ours == c.activation),
-            attn_pdrop=c.dropout, embd_pdrop=c.dropout, resid_pdrop=c.dropout, bias=c.bias,
-            bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot))
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer,
+            n_head=c.n_head, n_embd=c.n_embd, bias=c.bias, attn_pdrop=c.dropout, embd_pdrop=c.dropout,
+            resid_pdrop=c.dropout, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
+            activation_function=next(hf for hf, ours in HF_ACTIVATIONS.items() if ours == c.activation)))
         weights = {name: p.T if name.endswith(HF_TRANSPOSED) else p for name, p in self.state_dict().items()}
         hf_model.load_state_dict(weights, strict=c.bias)  # its biases are zero already
         # ids from the tokenizer's size on only pad the vocabulary and have no text

@@ -46,6 +46,7 @@ def test_same_logits_and_back(tmp_path, activation, bias):
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     idx = torch.randint(512, (3, 48))
     assert theirs.dtype == torch.float32 and torch.equal(theirs(idx).logits, all_logits(net, idx))
+    assert theirs.config.n_ctx == 48  # llama.cpp's converter dies of a KeyError without it
     other = {'gelu': 'gelu_pytorch_tanh', 'gelu_tanh': 'gelu'}[activation]
     wrong = AutoModelForCausalLM.from_pretrained(folder, activation_function=other).eval()
     assert not torch.equal(wrong(idx).logits, all_logits(net, idx))
