@@ -1,10 +1,8 @@
 def _configure(script):
-    """
-    Config files and --key=value arguments become globals of the script that executes this file. A global that
-    holds a bool, int, float, str or None and does not begin with '_' is a key. It takes the type of its
-    default, or what its annotation says: `int | None`, `Literal['adamw', 'muon']`. Later arguments win. A
-    config file is Python, sees the keys above it and may compute with them. Afterwards `config` is a dict of
-    all keys, and `given_keys` the set of those assigned here. Mistakes end in one line and exit status 1.
+    """Config files and --key=value arguments become globals of the script that executes this file; later ones
+    win. Its keys are the globals that hold a bool, int, float, str or None; what a key takes follows from its
+    default or its annotation, `int | None` or `Literal['a', 'b']`. A config file is Python and sees the keys
+    above it. Leaves `config`, `given_keys` and `key_types`. Mistakes end in one line and exit status 1.
     """
     import builtins  # imported in here, so that the script's globals stay its own
     import difflib
@@ -16,12 +14,18 @@ def _configure(script):
     from pathlib import Path
     from typing import Union, get_args
 
+    def excepthook(kind, error, trace):  # for what follows in the script
+        if kind is ModuleNotFoundError and error.name not in ('data', 'model'):
+            print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
+        elif kind not in (KeyboardInterrupt, BrokenPipeError):
+            sys.__excepthook__(kind, error, trace)
+    sys.excepthook = excepthook
     scalars = {bool: 'bool (True or False)', int: 'int', float: 'float', str: 'str', type(None): 'None'}
     defaults = {key: value for key, value in script.items() if key[0] != '_' and type(value) in scalars}
-    given, ignored, first_process = {}, {}, os.environ.get('LOCAL_RANK', '0') == '0'
-    takes, described = {}, {}  # of a key, [int, NoneType] and 'int or None', or ['a', 'b'] and 'a or b'
+    first_process, hints = os.environ.get('LOCAL_RANK', '0') == '0', script.get('__annotations__', {})
+    given, ignored, takes, described = {}, {}, {}, {}  # takes[key]: [int, NoneType], described: 'int or None'
     for key, value in defaults.items():
-        hint = script.get('__annotations__', {}).get(key, Union[*scalars] if value is None else type(value))
+        hint = hints.get(key, Union[tuple(scalars)] if value is None else type(value))
         hint = eval(hint, script) if isinstance(hint, str) else hint
         takes[key] = [item for part in get_args(hint) or [hint] for item in get_args(part) or [part]]
         described[key] = ' or '.join(scalars.get(item, str(item)) for item in takes[key])
@@ -31,14 +35,12 @@ def _configure(script):
         sys.exit(' '.join(f"{source}: {message}".split()) if first_process else 1)
 
     def assign(source, key, value):
-        limit = 2 ** 63 if isinstance(value, int) else float('inf')
-        if isinstance(value, (int, float)) and not abs(value) < limit:
+        if type(value) in (int, float) and not abs(value) < (2 ** 63 if type(value) is int else float('inf')):
             fail(source, f"{key} takes {described[key]}, finite and within 64 bits")
-        if type(value) is int and float in takes[key] and int not in takes[key]:
-            value = float(value)
-        if type(value) not in takes[key] and not (isinstance(value, str) and value in takes[key]):
+        fits = type(value) in takes[key] or isinstance(value, str) and value in takes[key]
+        if not fits and not (type(value) is int and float in takes[key]):
             fail(source, f"{key} takes {described[key]}, not {value!r:.40}")
-        given[key] = value
+        given[key] = value if fits else float(value)
 
     def run(name):
         folders = Path(script.get('__file__', name)).resolve().parents
@@ -57,7 +59,7 @@ def _configure(script):
             elif key[0] != '_' and not callable(value) and type(value).__name__ not in ('module', '_Feature'):
                 if similar := difflib.get_close_matches(key.lower(), defaults, n=1, cutoff=0.8):
                     fail(name, f"unknown key '{key:.40}', did you mean '{similar[0]}'?")
-                ignored.setdefault(key, name)
+                ignored[key] = name
 
     if {'-h', '--help'} & set(sys.argv):
         source = re.sub(r'\n +#', '', Path(script['__file__']).read_text(encoding='utf-8'))
@@ -74,10 +76,9 @@ def _configure(script):
         elif not (key and equals):
             fail(argument[:160], f"write --{key or 'key':.40}=value, with no space around '='")
         elif key not in defaults:
-            similar = [name for name in defaults if ''.join(word[:1] for word in name.split('_')) == key]
-            similar += [name for name in defaults if name.startswith(key)]
-            similar += difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
-            hint = f"did you mean '{similar[0]}'?" if similar else "--help lists the keys"
+            close = [n for n in defaults if n.startswith(key) or ''.join(w[:1] for w in n.split('_')) == key]
+            close += difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else "--help lists the keys"
             fail(argument[:160], f"unknown key '{key:.40}', {hint}")
         else:
             value = {'None': None, 'True': True, 'False': False}.get(text, text)
@@ -87,8 +88,7 @@ def _configure(script):
             usable = type(value) in takes[key] or type(value) is int and float in takes[key]
             assign(argument[:160], key, value if usable else text)
     if ignored and first_process:
-        files, names = ', '.join(dict.fromkeys(ignored.values())), ', '.join(ignored)
-        print(f"{files}: ignored, no keys of {Path(sys.argv[0]).name}: {names}", file=sys.stderr)
+        print(f"ignored, no keys of {Path(sys.argv[0]).name}: {', '.join(ignored)}", file=sys.stderr)
     script.update(given, config={**defaults, **given}, given_keys=set(given), key_types=takes)
 
 _configure(globals())

@@ -9,7 +9,9 @@ Errors that a user can cause are ValueErrors or OSErrors whose text is one line 
 """
 import json
 import math
+import os
 import re
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 ACTIVATIONS = {'gelu': 'none', 'gelu_tanh': 'tanh'}  # our name -> F.gelu's `approximate`
-# transformers' name -> ours; of two names for one function the first rounds as ours does
-HF_ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh'}
+# transformers' name -> ours; of several names for one function the first rounds as ours does
+HF_ACTIVATIONS = {'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh',
+                  'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh', 'gelu_accurate': 'gelu_tanh'}
 # the weights that transformers, like OpenAI, stores transposed
 HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M parameters
 LOSS_CHUNK = 2 ** 26  # logits that the chunked loss holds at a time: 256 MiB in float32
 
 @dataclass
@@ -44,8 +47,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
-                             "every head gets n_embd / n_head channels")
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.activation not in ACTIVATIONS:
@@ -133,8 +135,7 @@ class GPT(nn.Module):
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def hidden(self, idx, cache=None, pos=None, mask=None):
-        """
-        The network up to its last norm: idx (B, T) token ids -> (B, T, C). lm_head makes logits of it.
+        """The network up to its last norm: idx (B, T) token ids -> (B, T, C). lm_head makes logits of it.
 
         A cache from new_cache keeps keys and values. Without pos idx is read into an empty cache. With pos
         (T,) idx stands at these positions, behind what the cache holds, and sees what mask (T, length) lets
@@ -155,9 +156,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)                                     # (B, T, C)
 
     def forward(self, idx, targets=None, return_logits=True):
-        """
-        idx (B, T) -> logits of the last position (B, 1, V), None. With targets (B, T), -1 where there is none
-        -> all logits (B, T, V), mean loss in nats (). return_logits=False gives None and the same loss.
+        """idx (B, T) -> logits of the last position (B, 1, V), None. With targets (B, T), -1 where there is
+        none -> all logits (B, T, V), mean loss in nats (). return_logits=False gives None and the same loss.
         """
         x = self.hidden(idx)                                                # (B, T, C)
         if targets is None:
@@ -173,8 +173,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shortens the context for good, for example of GPT-2's 1024 tokens to what fits into memory."""
         if not 0 < block_size <= self.config.block_size:
-            raise ValueError(f"block_size {block_size} is beyond the model's {self.config.block_size}, "
-                             "which can only be cropped")
+            raise ValueError(f"block_size {block_size} is not within the model's {self.config.block_size}")
         self.config.block_size = block_size
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
@@ -183,9 +182,8 @@ class GPT(nn.Module):
     # training
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
-        """
-        'adamw' decays matrices and embeddings but no bias and no norm, in one fused kernel where PyTorch has
-        it. 'muon' is the same but for the matrices of the blocks, which Muon updates.
+        """'adamw' decays matrices and embeddings but no bias and no norm, in one fused kernel where PyTorch
+        has it. 'muon' is the same but for the matrices of the blocks, which Muon updates.
         """
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"beta1 and beta2 must be in [0, 1), not {betas[0]} and {betas[1]}")
@@ -203,28 +201,21 @@ class GPT(nn.Module):
             groups.insert(0, {'params': matrices, 'weight_decay': weight_decay, 'parts': n})
         return Muon(groups, **settings)
 
-    def estimate_flops(self):
-        """FLOPs per token, forward and backward: 6 N + 12 L C T for attention (PaLM, appendix B)."""
-        c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Model FLOPs utilization: the fraction of peak_flops (FLOP/s, by default an A100's in bfloat16) used
+        if fwdbwd_per_iter sequences of block_size tokens take dt seconds. None if no peak is known.
         """
-        Model FLOPs utilization, the fraction of peak_flops (FLOP/s, by default an A100's in bfloat16) that is
-        used when fwdbwd_per_iter sequences of block_size tokens take dt seconds. None if no peak is known.
-        """
-        tokens_per_second = fwdbwd_per_iter * self.config.block_size / dt
-        return tokens_per_second * self.estimate_flops() / peak_flops if peak_flops else None
+        c = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size  # PaLM, app. B
+        return fwdbwd_per_iter * c.block_size / dt * flops_per_token / peak_flops if peak_flops else None
 
     # -------------------------------------------------------------------------
     # sampling
 
     def for_sampling(self, device, dtype, pack=True):
-        """
-        Takes the model to `device` for sampling, no longer for training. The weights of products are cast to
-        dtype once instead of at every step. pack: on a CPU in float32 they get the layout that oneDNN wants;
-        a step of 124M with 10 rows spent 74 ms in its products before and 24 after, and a row's bits no
-        longer depend on the number of rows.
+        """Takes the model to `device` for sampling, no longer for training. The weights of products are cast
+        to dtype once. pack: on a CPU in float32 they get oneDNN's layout. A step of 124M with 10 rows then
+        takes 24 ms for products, not 74, and a row's bits do not depend on the number of rows.
         """
         self.eval().to(device)
         pack = (pack and torch.device(device).type == 'cpu' and dtype == torch.float32
@@ -250,10 +241,6 @@ class GPT(nn.Module):
         shape = 2, batch, c.n_head, length, c.n_embd // c.n_head
         return [torch.zeros(shape, device=weight.device, dtype=dtype) for _ in range(c.n_layer)]
 
-    def prefill(self, idx, cache):
-        """Reads idx (B, T), or one row for all, into an empty cache -> logits of the next token (B, V)."""
-        return self.lm_head(self.hidden(idx, cache)[:, -1])
-
     def decode(self, token, pos, cache, mask=None):
         """One step: token (B, 1) at position pos (1,), behind what the cache holds -> logits (B, V)."""
         return self.lm_head(self.hidden(token, cache, pos, mask)[:, -1])
@@ -261,15 +248,13 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, draws=None,
                vocab_size=None, cache=None, static=False):
-        """
-        Yields the next token of every row, (B, 1), max_new_tokens times, to follow idx (B, T) or (1, T), T
-        >= 1.
+        """Yields the next token of every row (B, 1), max_new_tokens times, after idx (B, T) or (1, T).
 
         temperature 0 takes the likeliest token; top_k keeps that many tokens (None or 0: all), top_p the
-        fewest whose probability reaches it (Holtzman et al. 2020). draws (B, max_new_tokens), uniform in [0,
-        1), is all the randomness there is. vocab_size leaves out the ids above it, which only pad the
-        vocabulary. cache can be one from new_cache(B, min(block_size, T + max_new_tokens)). static: every
-        step attends to all of the cache through a mask, so that no shape ever changes.
+        fewest whose probability reaches it (Holtzman et al. 2020). draws (B, max_new_tokens) in [0, 1) is
+        all the randomness. Ids from vocab_size on, which only pad the vocabulary, are left out. cache can be
+        one from new_cache(B, min(block_size, T + max_new_tokens)). static: every step attends to all of the
+        cache through a mask, so that no shape ever changes.
 
         Up to block_size tokens each step costs one position. Positions are absolute, so a full window voids
         the cache: its later half is read anew and the window grows from there.
@@ -284,7 +269,8 @@ class GPT(nn.Module):
         unread, filled = idx[:, -block_size:], 0
         for t in range(T, T + max_new_tokens):
             if filled in (0, block_size):
-                logits, filled = self.prefill(unread, cache), unread.size(1)  # (B, V), (1, V) from one row
+                logits = self.lm_head(self.hidden(unread, cache)[:, -1])    # (B, V), or (1, V) for all rows
+                filled = unread.size(1)
             else:
                 pos, last = positions[filled:filled + 1], tokens[:, t - 1:t]  # (1,), (B, 1)
                 if static:
@@ -318,20 +304,19 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, dropout=None):
-        """
-        The model of nanoGPT's or our train.py, on the CPU and in eval mode, from a folder with a ckpt.pt (or
-        only a last.pt), from such a file, or from what read_checkpoint returned. Raises ValueError.
+        """The model of nanoGPT's or our train.py, on the CPU and in eval mode, from a folder with a ckpt.pt
+        (or only a last.pt), from such a file, or from what read_checkpoint returned. Raises ValueError.
         """
         if not isinstance(checkpoint, dict):
             path = Path(checkpoint)
             if not path.is_file():
-                path = path / ('last.pt' if not (path / 'ckpt.pt').exists() and (path / 'last.pt').exists()
-                               else 'ckpt.pt')
-            checkpoint = read_checkpoint(path)
-        args = dict(checkpoint['model_args'])
-        if dropout is not None:
-            args['dropout'] = dropout
+                path /= 'last.pt' if (path / 'last.pt').exists() > (path / 'ckpt.pt').exists() else 'ckpt.pt'
+            checkpoint, last = read_checkpoint(path), path.with_name('last.pt')
+            newer = f"; {last} is newer" if path.name == 'ckpt.pt' and last.exists() else ''
+            if os.environ.get('RANK', '0') == '0':  # of torchrun's processes one speaks
+                print(f"{path}: weights of iteration {checkpoint.get('iter_num')}{newer}", file=sys.stderr)
         try:
+            args = {**checkpoint['model_args'], **({} if dropout is None else {'dropout': dropout})}
             # torch.compile prefixes the names; models before PyTorch 2 kept their causal masks as buffers
             weights = {name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
                        if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
@@ -339,56 +324,68 @@ class GPT(nn.Module):
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"the checkpoint does not fit this model.py: {one_line(error)}") from error
         # nanoGPT's checkpoints name their data set, ours hold the tokenizer itself
-        folder = Path(__file__).resolve().parent / 'data'
         dataset = (checkpoint.get('config') or {}).get('dataset') or 'NAME'
-        model.tokenizer_source = checkpoint.get('tokenizer') or folder / dataset
+        model.tokenizer_source = checkpoint.get('tokenizer') or Path(__file__).parent / 'data' / dataset
         return model
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
+        """A GPT-2 of transformers, one of GPT2_SIZES or a folder that save_pretrained wrote, or a checkpoint.
+        The logits are transformers' own. override_args may hold a dropout. Eval mode. Raises ValueError.
         """
-        A GPT-2 of transformers: 'gpt2' (124M), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M),
-        or a folder that save_pretrained wrote. The logits are transformers' own. override_args may hold a
-        dropout. In eval mode. Raises ValueError or OSError.
-        """
-        from transformers import GPT2LMHeadModel, logging  # takes seconds to import, so only here
-        if override_args and set(override_args) != {'dropout'}:
+        override_args, folder, hub = override_args or {}, Path(model_type), model_type in GPT2_SIZES
+        if override_args.keys() - {'dropout'}:
             raise ValueError(f"override_args takes dropout only, not {', '.join(override_args)}")
-        if model_type not in GPT2_SIZES and not (Path(model_type) / 'config.json').is_file():
-            raise ValueError(f"init_from {model_type!r} is none of scratch, resume, auto, "
-                             f"{', '.join(GPT2_SIZES)}, and no folder with a GPT-2 that transformers saved")
+        if (folder / 'adapter_config.json').exists():
+            raise ValueError(f"{folder} holds an adapter of peft: merge it first, with merge_and_unload()")
+        if folder.is_file() or (folder / 'ckpt.pt').exists() or (folder / 'last.pt').exists():
+            return cls.from_checkpoint(folder, **override_args)
+        if not hub and not (folder / 'config.json').is_file():
+            raise ValueError(f"init_from '{model_type}' is no folder with a checkpoint or a GPT-2 of "
+                             f"transformers, and none of {', '.join(GPT2_SIZES)}")
+        from transformers import GPT2LMHeadModel, logging  # takes seconds to import, so only here
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        name = f'openai-community/{model_type}' if model_type in GPT2_SIZES else model_type
         try:
-            hf_model, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+            config = {} if hub else json.loads((folder / 'config.json').read_bytes())
+            kind = (config.get('architectures') or [config.get('model_type') or 'gpt2'])[0]
+            readable = kind in ('gpt2', 'GPT2Model', 'GPT2LMHeadModel')
+            if readable:
+                hf_model, info = GPT2LMHeadModel.from_pretrained(
+                    f'openai-community/{model_type}' if hub else folder, output_loading_info=True,
+                    ignore_mismatched_sizes=True)
         except Exception as error:  # many libraries speak here, each with errors of its own
-            hint = ("download it where there is a network (it lands in ~/.cache/huggingface, or HF_HOME) and "
-                    "copy it here" if model_type in GPT2_SIZES else "is the folder complete?")
-            raise ValueError(f"cannot read GPT-2 weights from {model_type!r} ({one_line(error)}): "
-                             f"{hint}") from error
+            hint = "fetch it where there is a network, copy ~/.cache/huggingface" if hub else "is all there?"
+            raise ValueError(f"cannot read GPT-2 from '{model_type}' ({one_line(error)}): {hint}") from error
+        if not readable:
+            raise ValueError(f"{folder} holds a {kind}: model.py builds GPT-2's language model only")
         wrong = set(info['missing_keys']) - {'lm_head.weight'} | set(map(str, info['mismatched_keys']))
         if wrong:  # transformers fills them with random numbers
-            raise ValueError(f"the weights in {model_type!r} are not complete: {min(wrong)} is missing "
-                             "or of another shape")
+            raise ValueError(f"{model_type} is not complete: {min(wrong)} is missing or of another shape")
         hf = hf_model.float().config
-        activation = HF_ACTIVATIONS.get(hf.activation_function)
-        if (activation is None or hf.n_inner not in (None, 4 * hf.n_embd) or hf.layer_norm_epsilon != 1e-5
-                or not hf.scale_attn_weights or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention
-                or not hf.tie_word_embeddings):
-            raise ValueError(f"{model_type}/config.json: a variant of GPT-2 that model.py does not build")
+        for field, builds in {
+                'activation_function': HF_ACTIVATIONS, 'n_inner': (None, 4 * hf.n_embd),
+                'layer_norm_epsilon': [1e-5], 'scale_attn_weights': [True], 'tie_word_embeddings': [True],
+                'scale_attn_by_inverse_layer_idx': [False], 'add_cross_attention': [False]}.items():
+            if getattr(hf, field) not in builds:
+                raise ValueError(f"{folder}/config.json: {field} is {getattr(hf, field)!r}, and model.py "
+                                 f"builds {', '.join(map(str, builds))} only")
         weights = {name: p.T.contiguous() if name.endswith(HF_TRANSPOSED) else p
                    for name, p in hf_model.state_dict().items()}
+        # save_pretrained leaves out the padding, and gives characters one token more
+        vocab_size = config.get('checkpoint_vocab_size', {}).get(str(hf.vocab_size), hf.vocab_size)
+        rows = resize_vocabulary(weights['lm_head.weight'], vocab_size)
+        weights['lm_head.weight'] = weights['transformer.wte.weight'] = rows
         biases = {name: p for name, p in weights.items() if name.endswith('.bias')}
         # save_pretrained writes zeros for biases that the model lacks; fine-tuning may have moved them
         bias = getattr(hf, 'bias', True) or any(p.any() for p in biases.values())
         if not bias:
             weights = {name: p for name, p in weights.items() if name not in biases}
-        dropout = (override_args or {}).get('dropout', 0.0)
-        model = cls.from_weights(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd,
-                                           dropout, bias, activation), weights)
-        if (Path(model_type) / 'tokenizer.json').exists() or hf.vocab_size < 50257:
-            model.tokenizer_source = Path(model_type)
+        model = cls.from_weights(GPTConfig(
+            hf.n_positions, vocab_size, hf.n_layer, hf.n_head, hf.n_embd, bias=bias,
+            activation=HF_ACTIVATIONS[hf.activation_function], **override_args), weights)
+        if (folder / 'tokenizer.json').exists() or vocab_size < 50257:
+            model.tokenizer_source = folder
         return model
 
     # -------------------------------------------------------------------------
@@ -401,38 +398,50 @@ class GPT(nn.Module):
         spec = source if isinstance(source, dict) else read_tokenizer_spec(source)
         tokenizer = Tokenizer(spec) if spec['kind'] != 'gpt2' or vocab_size >= 50257 else None
         if tokenizer is None or tokenizer.vocab_size > vocab_size:
-            raise ValueError(f"no tokenizer found for the model's {vocab_size} tokens: " + (
-                "set model.tokenizer_source to the folder of its data set" if source is spec else
-                f"put the meta.pkl or tokenizer.json of its data set into {source}"))
+            where = "set model.tokenizer_source to its folder" if source is spec else f"put it into {source}"
+            raise ValueError(f"{vocab_size} tokens, but no tokenizer.json or meta.pkl of that size: {where}")
         return tokenizer
 
     def save_pretrained(self, folder):
+        """Writes the model and its tokenizer as a GPT-2 of transformers with the same logits. The vocabulary
+        has no padding there; from_pretrained pads it again, with other values. Raises ValueError.
         """
-        Writes the model and its tokenizer as a GPT-2 of transformers, with the same logits to the last bit in
-        float32. A model without biases gets zeros there and "bias": false in config.json, by which
-        from_pretrained finds the same state dict again. Raises ValueError.
-        """
-        if any(module.weight is None for module in self.modules() if isinstance(module, nn.Linear)):
-            raise ValueError("for_sampling has packed the weights for this CPU: save the model before it")
+        if self.lm_head.weight is not self.transformer.wte.weight:
+            raise ValueError("lm_head and wte are not one weight; after for_sampling it is too late to save")
+        forms = {getattr(getattr(block.mlp, 'gelu', 0), 'approximate', 0) for block in self.transformer.h}
+        if len(forms) > 1 or 0 in forms:
+            raise ValueError("an MLP has another activation than GELU: transformers' GPT-2 cannot compute it")
         from transformers import GPT2Config, GPT2LMHeadModel, logging
         logging.disable_progress_bar()
+        from data.tokenizer import EOT
         c, tokenizer, folder = self.config, self.tokenizer(), Path(folder)
+        hf_tokenizer = tokenizer.for_transformers()
+        eot, vocab_size = hf_tokenizer.token_to_id(EOT), hf_tokenizer.get_vocab_size()
         hf_model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer,
+            vocab_size=vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer,
             n_head=c.n_head, n_embd=c.n_embd, bias=c.bias, attn_pdrop=c.dropout, embd_pdrop=c.dropout,
-            resid_pdrop=c.dropout, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
-            activation_function=next(hf for hf, ours in HF_ACTIVATIONS.items() if ours == c.activation)))
+            resid_pdrop=c.dropout, bos_token_id=eot, eos_token_id=eot,
+            activation_function='gelu' if 'none' in forms else 'gelu_pytorch_tanh',
+            checkpoint_vocab_size={vocab_size: c.vocab_size}))
         weights = {name: p.T if name.endswith(HF_TRANSPOSED) else p for name, p in self.state_dict().items()}
+        rows = resize_vocabulary(weights['lm_head.weight'], vocab_size)
+        weights['lm_head.weight'] = weights['transformer.wte.weight'] = rows
         hf_model.load_state_dict(weights, strict=c.bias)  # its biases are zero already
-        # ids from the tokenizer's size on only pad the vocabulary and have no text
-        hf_model.generation_config.suppress_tokens = list(range(tokenizer.vocab_size, c.vocab_size)) or None
+        # <|endoftext|>, which other tools need, is no token of characters
+        hf_model.generation_config.suppress_tokens = [eot] if tokenizer.eot is None else None
         hf_model.save_pretrained(folder)
-        tokenizer.for_transformers().save(str(folder / 'tokenizer.json'))
+        for path in folder.glob('*.safetensors'):  # they have 0600, whatever the umask
+            path.chmod((folder / 'config.json').stat().st_mode)
+        hf_tokenizer.save(str(folder / 'tokenizer.json'))
         # transformers 5 would name a class of its own here, which 4 does not know
-        ends = dict.fromkeys(('bos_token', 'eos_token') if tokenizer.eot is not None else (), '<|endoftext|>')
+        special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), EOT)
         (folder / 'tokenizer_config.json').write_text(json.dumps({
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size,
-            'clean_up_tokenization_spaces': False, **ends}, indent=2) + '\n', encoding='utf-8')
+            'clean_up_tokenization_spaces': False, **special}, indent=2) + '\n', encoding='utf-8')
+
+def resize_vocabulary(rows, n):
+    """rows (V, C) cut to (n, C), or filled up with their mean, whose logit is never the largest."""
+    return torch.cat((rows[:n], rows.mean(0, keepdim=True).expand(max(0, n - len(rows)), -1)))
 
 class NoInit(torch.overrides.TorchFunctionMode):
     """Skips the functions of torch.nn.init, a second for 124M weights, where other weights follow."""
@@ -445,10 +454,9 @@ class NoInit(torch.overrides.TorchFunctionMode):
 # the loss, Muon, sampling
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """
-    Mean cross-entropy of the logits x @ weight.T, which are never held as a whole: at GPT-2's vocabulary they
-    would be the largest tensor of the training step. Each chunk of rows yields its loss and, while its logits
-    are still there, its gradients; backward only scales them.
+    """Mean cross-entropy of the logits x @ weight.T, which are never held as a whole: at GPT-2's vocabulary
+    they would be the largest tensor of the training step. Each chunk of rows yields its loss and, while its
+    logits are still there, its gradients; backward only scales them.
 
     x (N, C), weight (V, C), targets (N,) with -1 for positions that do not count -> loss (), float32 or
     wider. dtype is that of the products, with_grad tells whether gradients will be needed.
@@ -499,12 +507,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x.to(ctx.dtypes[0]) * scale, (grad_w * scale).to(ctx.dtypes[1]), None, None, None
 
 class Muon(torch.optim.AdamW):
-    """
-    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) for groups with `parts`, AdamW for the
+    """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) for groups with `parts`, AdamW for the
     others. A matrix moves along the orthogonal factor of its momentum: by as much in its weak directions as
     in its strong ones. The step is scaled to the size of AdamW's, so that both share one learning rate and
-    one weight decay (Liu et al. 2025, arXiv:2502.16982). `parts` is the number of matrices that a parameter
-    stacks: 3 in c_attn.
+    weight decay (Liu et al. 2025, arXiv:2502.16982). A parameter stacks `parts` matrices: c_attn three.
     """
     MOMENTUM = 0.95
     # Quintics a x + b x^3 + c x^5, each the nearest to 1 on the range that the one before maps [0.002, 1] to
@@ -569,9 +575,8 @@ def packed_linear(weight, bias, x):
     return (y[:n] if n < 4 else y).view(*x.shape[:-1], -1)
 
 def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """
-    One token a row from logits (B, V), by inverting the cumulative distribution at u (B, 1), uniform in [0,
-    1). A row's token depends on its own u alone, whatever stands in the other rows. Returns ids (B, 1).
+    """One token a row from logits (B, V), by inverting the cumulative distribution at u (B, 1), uniform in
+    [0, 1). A row's token depends on its own u alone, whatever stands in the other rows. Returns ids (B, 1).
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -600,12 +605,9 @@ def read_checkpoint(path, needed=()):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file fails in a dozen ways
         raise ValueError(f"cannot read {path}, truncated or not a checkpoint ({one_line(error)})") from error
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict)
-                                                   for key in ('model', 'model_args')):
-        raise ValueError(f"{path} is no checkpoint of train.py: it lacks 'model' or 'model_args'")
-    for key in needed:
-        if key not in checkpoint:
-            raise ValueError(f"cannot resume from {path}: the checkpoint lacks {key!r}")
+    for key in ('model', 'model_args', *needed):
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise ValueError(f"{path} is no whole checkpoint of train.py: it lacks {key!r}")
     return checkpoint
 
 def one_line(error):
@@ -627,10 +629,8 @@ def peak_flops_of(device, dtype):
                  if re.search(rf'\b{chip}', name) and 'MIG' not in name), None)
 
 def choose_device(device, dtype, local_rank=0):
-    """
-    Fills in what the user left None: cuda, else mps, else cpu; bfloat16 where CUDA has it, float16 on older
-    CUDA, float32 elsewhere. Of several GPUs each local rank gets its own. Returns (device, dtype) as text.
-    Raises ValueError for what this machine lacks.
+    """Fills in what the user left None: cuda, else mps, else cpu; bfloat16 where CUDA has it, float16 on
+    older CUDA, float32 elsewhere. Each local rank gets its own GPU. Returns texts. Raises ValueError.
     """
     count = {'cuda': torch.cuda.is_available() * torch.cuda.device_count(),
              'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
@@ -640,16 +640,14 @@ def choose_device(device, dtype, local_rank=0):
         raise ValueError(f"device {device!r} is none of cuda, cuda:0, cuda:1 …, mps, cpu")
     device = f'cuda:{number}' if kind == 'cuda' else kind
     if int(number) >= count[kind]:
-        raise ValueError(f"device {device!r}: PyTorch sees {count[kind]} {kind.upper()} devices here; "
-                         "--device=cpu runs anywhere")
+        raise ValueError(f"device {device!r}: PyTorch finds {count[kind]} here; --device=cpu runs anywhere")
     if dtype is None:
         has_bf16 = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = 'float32' if kind != 'cuda' else 'bfloat16' if has_bf16 else 'float16'
     return device, dtype
 
 def compile_method(model, name, call, **options):
-    """
-    Compiles a method of the model in place and tries it by call(). Returns None, or where the compiler is
+    """Compiles a method of the model in place and tries it by call(). Returns None, or where the compiler is
     missing or fails the line that tells so, with the method eager again.
     """
     try:

@@ -9,16 +9,10 @@ from __future__ import annotations  # the configurator reads annotations as text
 
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-import torch
-
-from model import GPT, choose_device, compile_method
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,9 +34,12 @@ compile = False              # torch.compile: half a minute at the start, for ma
 config = {}                  # the configurator fills it with all keys
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
-for name in {'SIGINT', 'SIGPIPE'} & set(dir(signal)):  # Ctrl-C, or a reader such as head: no traceback
-    signal.signal(getattr(signal, name), signal.SIG_DFL)
-sys.stdout.reconfigure(errors='replace')  # a console that lacks a character
+# these imports take seconds: --help and most mistakes are answered before
+import numpy as np
+import torch
+
+from model import GPT, choose_device, compile_method
+
 for key, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
     if (config[key] or 0) < least:
         sys.exit(f"{key} must be at least {least}, not {config[key]}")
@@ -87,10 +84,13 @@ def new_tokens(first):
                         static=compile or kind == 'cuda')
 
 def write(text):
+    encoding = sys.stdout.encoding or 'utf-8'
     try:
-        print(text, end='', flush=True)
+        # a console may lack a character
+        print(text.encode(encoding, errors='replace').decode(encoding), end='', flush=True)
     except OSError as error:  # Python would try to write the rest once more when it exits
-        print(f"cannot write the text: {error.strerror}", file=sys.stderr, flush=True)
+        if not isinstance(error, BrokenPipeError):  # such as head, which has read enough
+            print(f"cannot write the text: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(1)
 
 def text_of(ids, complete):

@@ -25,15 +25,6 @@ from pathlib import Path
 from threading import RLock
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-
-from data.tokenizer import Tokenizer, read_tokenizer_spec
-from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_flops_of, read_checkpoint
-
 ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
@@ -89,11 +80,17 @@ activation_checkpointing = False        # compute the blocks twice instead of st
 profile = False                         # profile one iteration: a table, and out_dir/trace.json
 config, given_keys, key_types = {}, set(), {}  # of the configurator; given: by a file or by --key
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+# -----------------------------------------------------------------------------
+# these imports take seconds: --help and most mistakes are answered before
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-def set_keys(**values):
-    """Rebinds keys that were left open. A key is a global and an entry of config, always the same."""
-    globals().update(values)
-    config.update(values)
+from data.common import atomic_write
+from data.tokenizer import Tokenizer, read_tokenizer_spec
+from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_flops_of, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # The process: its place among the ranks, what it prints and records, how it ends
@@ -105,6 +102,7 @@ master_process = rank == 0              # prints and saves
 saving = dataset is not None and not eval_only  # whether this run leaves files
 ckpt_path, last_path, metrics_path = (os.path.join(out_dir, name)
                                       for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl'))
+saved_iter = None                       # iteration of the newest checkpoint that this run has saved
 stop_requested = False                  # by SIGTERM or Ctrl-C; the loop stops where the state is complete
 
 class Log:
@@ -119,6 +117,7 @@ class Log:
     def line(self, text):
         if master_process:
             tqdm.write(text)
+            sys.stdout.flush()  # a log file too grows line by line
 
     def start_clock(self, iter_num):
         """Times training from this iteration on. Called again after everything that is not training."""
@@ -142,43 +141,39 @@ class Log:
         self.bar.set_description_str(f"loss {loss:.4f}, {speed}", refresh=False)
         self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, "
                   f"mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed}, {peak_memory():.2f} GB")
-        self.record(iter=iter_num, loss=loss, lr=get_lr(iter_num), mfu=mfu, ms=seconds * 1000,
+        self.record('train', iter=iter_num, loss=loss, lr=get_lr(iter_num), mfu=mfu, ms=seconds * 1000,
                     tokens=iter_num * tokens_per_iter, tokens_per_second=tokens_per_second,
                     grad_norm=grad_norm if math.isfinite(grad_norm) else None)
         self.timings.append(seconds)
         self.start_clock(done)
 
-    def record(self, **values):
-        """A line of metrics.jsonl, and the same to wandb."""
+    def record(self, kind, **values):
+        """A line of metrics.jsonl, of kind 'train' or 'eval', and the same to wandb."""
         if master_process and saving:
             with open(self.metrics_path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(values) + '\n')
+                f.write(json.dumps({'kind': kind, **values}) + '\n')
             self.to_wandb('log', values)
 
     def open_metrics(self, metrics_bytes):
         """A resumed run drops what came after its checkpoint, a new one leaves an earlier file alone."""
+        Path(f'{metrics_path}.part').unlink(missing_ok=True)  # of a run that never saved
         if not resumed and any(map(os.path.exists, (ckpt_path, last_path, metrics_path))):
             self.metrics_path = f'{metrics_path}.part'  # until the first save
         with open(self.metrics_path, 'ab' if resumed else 'wb') as f:
             f.truncate(min(f.tell(), metrics_bytes))
 
-    def metrics_bytes(self):
-        return os.path.getsize(self.metrics_path) if os.path.exists(self.metrics_path) else 0
-
     def open_wandb(self, run_id):
         """Starts a run of Weights & Biases, or goes on with the one of run_id; offline without a login."""
         try:
-            from wandb import init, login  # ImportError too for the folder `wandb` that its runs leave
+            from wandb import init, login  # an error too for the folder `wandb` that its runs leave
             # without a login wandb would ask at a prompt, which nobody answers in a batch job
             offline = os.environ.get('WANDB_MODE', 'online') == 'online' and not login(prompt=False)
             self.wandb_run = init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
                                   resume='allow' if run_id else None, mode='offline' if offline else None)
             self.wandb_run.define_metric('*', step_metric='iter')  # so that a repeated point replaces itself
-        except ImportError:
-            fail("wandb_log=True needs wandb: pip install wandb, or --wandb_log=False")
         except Exception as error:  # of many kinds
-            fail(f"wandb does not start ({one_line(error)}): WANDB_MODE=offline keeps its run on disk, "
-                 "--wandb_log=False trains without it")
+            fail(f"wandb does not start ({one_line(error)}): `pip install wandb` if that is what it lacks, "
+                 "WANDB_MODE=offline if it finds no server; or --wandb_log=False")
         if offline:
             self.line(f"wandb: not logged in, so this run stays on disk, in {self.wandb_run.dir}")
 
@@ -201,10 +196,10 @@ def fail(message):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     log.bar.close()
-    print(message, file=sys.__stderr__, flush=True)  # the wrapped sys.stderr puts the rank in front
     if distributed:
+        print(message, file=sys.__stderr__, flush=True)  # the wrapped sys.stderr puts the rank in front
         os._exit(1)  # gloo's threads abort one teardown of the interpreter in twelve
-    sys.exit(1)
+    sys.exit(str(message))
 
 def excepthook(kind, error, trace):
     """One line for what is not a bug: what our own files raise, the file system, lost ranks, no memory."""
@@ -218,22 +213,21 @@ def excepthook(kind, error, trace):
         fail(f"out of memory on {device}: halve --batch_size, double --gradient_accumulation_steps")
     elif isinstance(error, BrokenPipeError):  # python train.py … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail("nobody reads this run's output any more; go on with --init_from=resume")
+        fail("nobody reads this run's output any more" + "; go on with --init_from=resume" * bool(saved_iter))
     elif isinstance(error, OSError):
         fail(f"{error.filename or out_dir}: {error.strerror}" if error.strerror else error)
     elif ours and isinstance(error, ValueError):
         fail(error)
-    elif kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, error.__traceback__)
+    else:
+        default_excepthook(kind, error, error.__traceback__)
 
 def request_stop(number, frame):
     global stop_requested
     stop_requested = True
     if not distributed:  # torchrun repeats the first Ctrl-C; here a second one ends the run at once
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-sys.excepthook = excepthook
-sys.stdout.reconfigure(line_buffering=True)  # a log file too grows line by line
+default_excepthook, sys.excepthook = sys.excepthook, excepthook
 
 def all_reduce(values, operation=dist.ReduceOp.SUM):
     """The sum, or another reduction, of a tensor over all ranks."""
@@ -246,20 +240,25 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
 # Keys that are never taken from a checkpoint; a resumed run takes all others unless they are given
 NOT_TAKEN = 'out_dir init_from eval_only profile device dtype compile backend dist_timeout peak_flops'.split()
 
+def set_keys(**values):
+    """Rebinds keys that were left open. A key is a global and an entry of config, always the same."""
+    globals().update(values)
+    config.update(values)
+
 def lock_out_dir():
-    """Makes out_dir and locks it until this process ends, whatever ends it. Returns what has to stay open."""
+    """Makes out_dir and locks it for this process. Returns the file that has to stay open."""
     os.makedirs(out_dir, exist_ok=True)
     if os.name != 'posix':
         return None
     import fcntl
-    folder = os.open(out_dir, os.O_RDONLY)
+    lock = os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a notebook may lock again what it has locked
+    except (BlockingIOError, PermissionError):
         fail(f"another run is writing to {out_dir}: give this one another --out_dir")
     except OSError as error:  # some network file systems
         log.line(f"{out_dir} cannot be locked ({error.strerror}): do not start another run there")
-    return folder
+    return lock
 
 def newest_checkpoint():
     """(checkpoint, path) of ckpt.pt or last.pt, whichever has the larger iter_num."""
@@ -275,8 +274,8 @@ if init_from == 'auto':
 resumed = init_from == 'resume'
 checkpoint, resume_path = newest_checkpoint() if resumed else ({}, None)
 start_iter = checkpoint.get('iter_num', 0)
-saved_iter = None                       # iteration of the newest checkpoint that this run has saved
-saved_config = {key: value for key, value in checkpoint.get('config', {}).items()
+saved_config = {key: float(value) if type(value) is int and float in key_types[key] else value
+                for key, value in checkpoint.get('config', {}).items()
                 if key in config and key not in NOT_TAKEN}
 for key in saved_config.keys() - given_keys:
     if type(saved_config[key]) not in key_types[key] and saved_config[key] not in key_types[key]:
@@ -332,10 +331,10 @@ def rng(stream, iteration, micro_step=0):
 data_dir = ROOT / 'data' / (dataset or '')
 prepare_command = f"python {os.path.join(PROJECT, 'data', dataset or '', 'prepare.py')}"
 for path in (data_dir / 'train.bin', data_dir / 'val.bin') if dataset else ():
-    known = sorted(p.parent.name for p in ROOT.glob('data/*/prepare.py'))
     if not path.is_file():
-        fail(f"there is no {path}: " + (f"run `{prepare_command}` first" if dataset in known else
-                                        f"dataset {dataset!r} is none of {', '.join(known)}"))
+        known = {p.parent.name for name in ('prepare.py', 'train.bin') for p in ROOT.glob(f'data/*/{name}')}
+        fail(f"there is no {path}: " + (f"run `{prepare_command}` first" if (data_dir / 'prepare.py').exists()
+                                        else f"dataset {dataset!r} is none of {', '.join(sorted(known))}"))
 tokenizer_spec = read_tokenizer_spec(data_dir) if dataset else {'kind': 'gpt2'}
 
 def model_from_scratch():
@@ -351,10 +350,7 @@ def model_from_checkpoint():
 
 def model_from_pretrained():
     """The weights of GPT-2, or those in a folder: of transformers, or a checkpoint of nanoGPT's or ours."""
-    if any((Path(init_from) / name).exists() for name in ('ckpt.pt', 'last.pt')):
-        model = GPT.from_checkpoint(init_from, dropout)
-    else:
-        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
     same = dataset is None or model.tokenizer_source == tokenizer_spec
     if not same and not model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
         raise ValueError(f"{data_dir} was prepared with another tokenizer than the one of {init_from}")
@@ -463,6 +459,12 @@ if saving:
 for key in saved_config:
     if config[key] != saved_config[key]:
         log.line(f"{key} was {saved_config[key]!r} in the checkpoint, is {config[key]!r} now")
+if saving and iter_num >= max_iters:
+    log.line(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
+elif saving and decay_lr and warmup_iters >= max_iters:
+    log.line(f"the run never leaves its warm-up: warmup_iters {warmup_iters}, max_iters {max_iters}")
+elif saving and decay_lr and lr_decay_iters < max_iters:
+    log.line(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
 
 def try_compiled():
     with autocast:
@@ -580,29 +582,26 @@ def save_checkpoint(best=False):
     state = {'model': model.state_dict(), 'optimizer': optim.state_dict(), 'model_args': model_args,
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
              'scaler': scaler.state_dict(), 'tokenizer': tokenizer_spec,
-             'metrics_bytes': log.metrics_bytes(),
+             'metrics_bytes': os.path.getsize(log.metrics_path) if os.path.exists(log.metrics_path) else 0,
              'wandb_id': log.wandb_run and log.wandb_run.id}
-    try:
-        with open(f'{path}.part', 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+    with atomic_write(path) as f:  # a kill leaves the old or the new one, complete
+        torch.save(state, f)
         if first_save:
-            set_earlier_run_aside()
-        os.replace(f'{path}.part', path)  # atomic: a kill leaves the old or the new one, complete
-    finally:
-        Path(f'{path}.part').unlink(missing_ok=True)
+            set_earlier_run_aside(path)
     if path == ckpt_path:
         Path(last_path).unlink(missing_ok=True)  # older now
 
-def set_earlier_run_aside():
+def set_earlier_run_aside(new_path):
     """The first save of a new run: files of an earlier one in this folder are kept as NAME.old, .old1 …"""
     earlier = [path for path in (ckpt_path, last_path, metrics_path)
                if os.path.exists(path) and path != log.metrics_path]
     suffix = next(f".old{n or ''}" for n in range(10 ** 6)
                   if not any(os.path.exists(f"{path}.old{n or ''}") for path in earlier))
     for path in earlier:
-        os.replace(path, path + suffix)
+        try:  # what the new checkpoint will replace stays until then: a link needs no time
+            (os.link if path == new_path else os.replace)(path, path + suffix)
+        except OSError:  # a file system without links
+            os.replace(path, path + suffix)
         log.line(f"{path} of an earlier run is kept as {path}{suffix}")
     if os.path.exists(log.metrics_path):
         os.replace(log.metrics_path, metrics_path)
@@ -630,8 +629,8 @@ def start_profiler():
         profiler.export_chrome_trace(trace)
         log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
         log.start_clock(iter_num + 1)
-    wait = max(0, min(7, max_iters - start_iter - 1))
-    schedule = torch.profiler.schedule(wait=wait - min(1, wait), warmup=min(1, wait), active=1, repeat=1)
+    wait = max(0, min(6, max_iters - start_iter - 2))
+    schedule = torch.profiler.schedule(wait=wait, warmup=1, active=1, repeat=1)
     profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
     profiler.start()
     return profiler
@@ -654,8 +653,8 @@ while True:
     if stopping and saving and iter_num > start_iter:
         if iter_num != saved_iter:
             save_checkpoint()
-        launch, keys = ('torchrun …', []) if distributed else ('python', ['device', 'dtype', 'compile'])
-        machine = [f'--{key}={config[key]}' for key in keys if key in given_keys]
+        launch = 'torchrun …' if distributed else 'python'
+        machine = [f'--{key}={config[key]}' for key in ('device', 'dtype', 'compile') if key in given_keys]
         command = shlex.join([sys.argv[0], '--init_from=resume', f'--out_dir={out_dir}', *machine])
         log.line(f"stopped before iteration {iter_num}: go on with `{launch} {command}`")
         break
@@ -673,11 +672,12 @@ while True:
             log.line(perplexity(val_loss))
         if saving and not math.isfinite(train_loss + val_loss):
             fail(f"iteration {iter_num}: the evaluated loss is not finite, resume with a lower learning_rate")
-        improved, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-        if saving and (iter_num > start_iter or resumed and improved):
+        improved = val_loss < best_val_loss and (iter_num > start_iter or resumed)  # and will be saved
+        best_val_loss = val_loss if improved else best_val_loss
+        if saving and (iter_num > start_iter or improved):
             save_checkpoint(best=improved)
-        log.record(**{'train/loss': train_loss, 'val/loss': val_loss}, iter=iter_num, lr=get_lr(iter_num),
-                   tokens=iter_num * tokens_per_iter)
+        log.record('eval', **{'train/loss': train_loss, 'val/loss': val_loss}, iter=iter_num,
+                   lr=get_lr(iter_num), tokens=iter_num * tokens_per_iter)
         log.start_clock(iter_num)
     elif saving and checkpoint_interval and iter_num % checkpoint_interval == 0 and iter_num > start_iter:
         save_checkpoint()
@@ -701,8 +701,6 @@ while True:
         profiler.step()
     iter_num += 1
 
-# -----------------------------------------------------------------------------
-# Last words
 log.bar.close()
 if dataset is None and master_process and log.timings:
     ms = 1000 * np.array(log.timings[-max(1, len(log.timings) * 3 // 4):])  # the first quarter warms up
@@ -712,6 +710,8 @@ if dataset is None and master_process and log.timings:
         'threads': torch.get_num_threads(), 'torch': torch.__version__, 'tokens_per_second': speed,
         'ms': {'median': np.median(ms), 'min': ms.min(), 'max': ms.max()}, 'peak_memory_gb': peak_memory(),
         'mfu': model.estimate_mfu(speed / block_size / world_size, 1, peak_flops), 'settings': config}))
+if folder_lock is not None:
+    os.close(folder_lock)
 if distributed:
     dist.barrier()  # until the last checkpoint is saved
     dist.destroy_process_group()

@@ -68,9 +68,8 @@ def train(nanogpt, name):
 
 @torch.no_grad()
 def time_sampling(nanogpt):
-    """
-    {code: milliseconds of one more token behind each of LENGTHS}, for one sample of GPT-2 124M with random
-    weights in float32. Medians of three rounds in turns.
+    """{code: milliseconds of one more token behind each of LENGTHS}, for one sample of GPT-2 124M with
+    random weights in float32. Medians of three rounds in turns.
     """
     results = OUT / 'sampling.json'
     if results.is_file():

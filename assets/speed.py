@@ -99,9 +99,8 @@ print('peak memory', torch.cuda.max_memory_allocated() if torch.cuda.is_availabl
 
 
 def run_once(folder, words):
-    """
-    Runs a script in `folder`. Returns the median seconds of an iteration and the peak memory in bytes. The
-    first quarter of the iterations warms up and does not count. Returns None if the run fails.
+    """Runs a script in `folder`. Returns the median seconds of an iteration and the peak memory in bytes.
+    The first quarter of the iterations warms up and does not count. Returns None if the run fails.
     """
     done = subprocess.run([sys.executable, '-c', RUNNER, *words], cwd=folder, text=True, capture_output=True)
     if done.returncode:  # too little memory, for example
@@ -121,13 +120,12 @@ def tokens_and_flops(words):
         model = GPT(GPTConfig(keys['block_size'], vocab_size, keys['n_layer'], keys['n_head'], keys['n_embd'],
                               bias=False))
     tokens = keys['batch_size'] * keys['gradient_accumulation_steps'] * keys['block_size']
-    return tokens, model.estimate_flops()
+    return tokens, model.estimate_mfu(1, keys['block_size'], 1)  # one sequence, at one token a second
 
 
 def compare(title, rounds, rows):
-    """
-    Runs the rows of a group in turns and prints a table.
-    rows: {name: (folder, words of the command, tokens per iteration, FLOPs per token or None)}
+    """Runs the rows of a group in turns and prints a table. rows: {name: (folder, words of the command,
+    tokens per iteration, FLOPs per token or None)}
     """
     runs = {name: [] for name in rows}
     for _ in range(int(rounds)):

@@ -1,4 +1,4 @@
-"""What the prepare.py scripts share: downloads, atomic writes, checks of documents, and .bin files."""
+"""What the prepare.py scripts share, and atomic writes for train.py too."""
 import hashlib
 import http.client
 import json
@@ -19,20 +19,17 @@ TINY_SHAKESPEARE = (  # address, SHA-256
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
 
+default_excepthook = sys.excepthook
 
 def excepthook(kind, error, trace):
-    """Prints one line for Ctrl-C and for errors of files and networks, a traceback for all others."""
-    if issubclass(kind, KeyboardInterrupt):
+    """For the prepare.py scripts: one line for Ctrl-C and for errors of files and networks."""
+    if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
         print("interrupted: the data is not complete", file=sys.stderr)
     elif issubclass(kind, OSError):
         reason = error.strerror or error
         print(f"{error.filename}: {reason}" if error.filename else reason, file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = excepthook
-
+        default_excepthook(kind, error, trace)
 
 @contextmanager
 def atomic_write(path):
@@ -46,7 +43,6 @@ def atomic_write(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
 
 def download(url, sha256, path):
     """Returns the bytes of the file at path, fetched from url if it is not there. Checks their SHA-256."""
@@ -66,11 +62,9 @@ def download(url, sha256, path):
             f.write(body)
     return body
 
-
 def check_vocab_size(vocab_size):
     if not 257 <= vocab_size <= 65536:
         sys.exit(f"vocab_size must be from 257 (bytes, <|endoftext|>) to 65536 (uint16), not {vocab_size}")
-
 
 def split_documents(documents, test_size):
     """Splits a datasets.Dataset into train and val as nanoGPT splits OpenWebText."""
@@ -79,7 +73,6 @@ def split_documents(documents, test_size):
         return documents, documents.select([])
     split = documents.train_test_split(test_size=test_size, seed=2357, shuffle=True)
     return split['train'], split['test']
-
 
 def check_texts(source, documents, *fields):
     """Exits unless every row has a text in each of the fields. Raises ValueError if a text is not Unicode."""
@@ -91,11 +84,9 @@ def check_texts(source, documents, *fields):
                      f"but each must have a text in the field \"{field}\" ({kind}; {missing} have none)")
         documents.data[field].validate(full=True)
 
-
 def in_batches(documents):
     """Yields the rows of a datasets.Dataset as dicts of lists, about a megabyte at a time."""
     return documents.iter(max(1, min(64, 1_000_000 * len(documents.data) // (documents.data.nbytes + 1))))
-
 
 def unreadable(paths, kind, error):
     """Names the first row without a text in Unicode; the `error` that datasets raised does not name it."""
@@ -119,7 +110,6 @@ def unreadable(paths, kind, error):
             return f"{path} is empty"
     return one_line(error.__cause__ or error)
 
-
 def write_bins(folder, tokenizer, train, val):
     """Writes the tokenizer's file, and ids, given as iterables of arrays, as little-endian uint16."""
     if tokenizer.vocab_size > 65536:
@@ -135,7 +125,6 @@ def write_bins(folder, tokenizer, train, val):
             tokens = sum(f.write(np.asarray(ids, dtype='<u2').tobytes()) // 2 for ids in pieces)
         print(f"{name} has {tokens:,} tokens")
 
-
 def write_characters(folder, train, val):
     """Writes two texts as character ids to train.bin and val.bin, and their alphabet to meta.pkl."""
     alphabet = sorted(set(train) | set(val))
@@ -143,10 +132,8 @@ def write_characters(folder, train, val):
     codes = [np.frombuffer(text.encode('utf-32-le'), '<u4') for text in (''.join(alphabet), train, val)]
     write_bins(folder, char_tokenizer(alphabet), *([np.searchsorted(codes[0], text)] for text in codes[1:]))
 
-
 def write_documents(folder, tokenizer, num_workers, train, val):
-    """
-    Writes documents, each ended by eot; train and val are (number of texts, iterable of lists of texts).
+    """Writes documents, each ended by eot; train and val are (number of texts, iterable of lists of texts).
     Threads suffice, since tokenizers release the GIL. Few lists are in flight, so memory stays bounded.
     """
     def encode(texts):

@@ -7,42 +7,42 @@ How text becomes token ids and back, in three kinds. A file in the folder of the
 
 A tokenizer_spec says the same in a dict of plain values, so that a checkpoint can hold it.
 """
+import json
 import pickle
 from pathlib import Path
 
 EOT = '<|endoftext|>'
 
-
 class PlainUnpickler(pickle.Unpickler):
     """Reads containers, strings and numbers only, so that loading a file cannot call functions."""
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}: plain values only")
 
 def one_line(error):
     """The type and the message of an exception, shortened to one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
-
 def read_tokenizer_spec(folder):
     """Returns the tokenizer_spec of the data set in `folder`. Raises ValueError if its file is damaged."""
-    meta, trained = Path(folder) / 'meta.pkl', Path(folder) / 'tokenizer.json'
-    if meta.is_file():
-        try:
-            with open(meta, 'rb') as f:
+    path = next(filter(Path.is_file, (Path(folder) / name for name in ('meta.pkl', 'tokenizer.json'))), None)
+    if path is None:
+        return {'kind': 'gpt2'}
+    try:
+        if path.name == 'meta.pkl':
+            with open(path, 'rb') as f:
                 found = PlainUnpickler(f).load()
             return {'kind': 'char', **{k: found[k] for k in ('vocab_size', 'stoi', 'itos') if k in found}}
-        except Exception as error:  # a damaged pickle fails in a dozen ways
-            raise ValueError(f"cannot read {meta} ({one_line(error)}): "
-                             "it must hold a plain dict with vocab_size, stoi and itos") from error
-    text = trained.read_text('utf-8', errors='replace') if trained.is_file() else None
-    return {'kind': 'bpe', 'json': text} if text is not None else {'kind': 'gpt2'}
-
+        text = path.read_text('utf-8', errors='replace')
+        model = json.loads(text)['model']
+        if model['type'] == 'WordLevel' and max(map(len, model['vocab'])) == 1:  # of for_transformers, below
+            return char_tokenizer(sorted(model['vocab'], key=model['vocab'].get)).spec
+        return {'kind': 'bpe', 'json': text}
+    except Exception as error:  # a damaged file fails in a dozen ways
+        raise ValueError(f"cannot read {path} ({one_line(error)})") from error
 
 class Tokenizer:
-    """
-    encode(text) returns ids, decode(ids) returns text. `vocab_size` counts the ids in use, `eot` is the id
-    that ends a document (None for characters), `bos` the id to start from when there is no text. With
+    """encode(text) returns ids, decode(ids) returns text. `vocab_size` counts the ids in use, `eot` is the
+    id that ends a document (None for characters), `bos` the id to start from when there is no text. With
     ordinary=True, as for training data, <|endoftext|> in a text is encoded as its thirteen characters.
     Raises ValueError for a bad spec or text, OSError if GPT-2's BPE cannot be downloaded.
     """
@@ -106,26 +106,26 @@ class Tokenizer:
         return {'tokenizer.json': self.spec['json'].encode()} if self.kind == 'bpe' else {}
 
     def for_transformers(self):
-        """The same tokenizer as an object of the tokenizers library, which transformers can load."""
+        """The same as an object of the tokenizers library, with <|endoftext|>, which other tools ask for."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
         if self.kind == 'bpe':
-            return self.bpe
-        if self.kind == 'char':
-            from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-            characters = Tokenizer(models.WordLevel(self.stoi, unk_token=''))  # '' makes unknown ones errors
-            characters.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-            characters.decoder = decoders.Fuse()
-            return characters
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-        hf = TikTokenConverter(pattern=self.bpe._pat_str, extra_special_tokens=self.bpe._special_tokens)
-        hf.load_tiktoken_bpe = lambda path: self.bpe._mergeable_ranks  # in memory already
-        return hf.converted()
-
+            result = Tokenizer.from_str(self.spec['json'])
+        elif self.kind == 'char':
+            result = Tokenizer(models.WordLevel(self.stoi, unk_token=''))  # '' makes unknown ones errors
+            result.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+            result.decoder = decoders.Fuse()
+        else:
+            from transformers.convert_slow_tokenizer import TikTokenConverter
+            hf = TikTokenConverter(pattern=self.bpe._pat_str, extra_special_tokens=self.bpe._special_tokens)
+            hf.load_tiktoken_bpe = lambda path: self.bpe._mergeable_ranks  # in memory already
+            result = hf.converted()
+        result.add_special_tokens([EOT])  # nothing where it is one already
+        return result
 
 def char_tokenizer(alphabet):
     """Returns a Tokenizer whose id i is the i-th character of `alphabet`."""
     stoi, itos = {c: i for i, c in enumerate(alphabet)}, dict(enumerate(alphabet))
     return Tokenizer({'kind': 'char', 'vocab_size': len(stoi), 'stoi': stoi, 'itos': itos})
-
 
 def train_bpe(texts, vocab_size):
     """Trains a byte-level BPE like GPT-2's on an iterable of texts or of lists of texts. It is ordinary."""

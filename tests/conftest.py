@@ -10,6 +10,7 @@ import ast
 import atexit
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -101,8 +102,11 @@ def command(script, arguments, cwd, env, streams, file_size=None):
     sys.path.insert(0, os.path.dirname(script))
     try:
         runpy.run_path(script, run_name='__main__')
-    except Exception:  # multiprocessing would print it itself
+    except (Exception, KeyboardInterrupt) as error:  # multiprocessing would print it itself
         sys.excepthook(*sys.exc_info())
+        if isinstance(error, KeyboardInterrupt):  # as Python does
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # neither does it call these
@@ -124,11 +128,10 @@ class Forked(FORKS.Process):
 
 
 def launch(script, arguments, cwd, env, streams, ranks=0, real=False, file_size=None):
-    """
-    Starts a script; returns the process. `streams` are its stdin, stdout and stderr, each a path or a file
-    descriptor. With ranks=N under torchrun. Without, and unless `real`, it is forked off a process that has
-    imported torch, datasets and transformers already, which saves seconds each; its files may then be limited
-    to file_size bytes.
+    """Starts a script; returns the process. `streams` are its stdin, stdout and stderr, each a path or a
+    file descriptor. With ranks=N under torchrun. Without, and unless `real`, it is forked off a process that
+    has imported torch, datasets and transformers already, which saves seconds each; its files may then be
+    limited to file_size bytes.
     """
     script, arguments = str(script), [str(argument) for argument in arguments]
     env = {**os.environ, 'PYTHONIOENCODING': 'utf-8', **env}
@@ -166,10 +169,9 @@ def end(process):
 
 @pytest.fixture
 def run(house, tmp_path):
-    """
-    run('train.py', '--key=value', …) as a user would, from an empty folder; fails unless the exit status is
-    `status`. With status 1 there must be one line on stderr and no traceback; it is returned. For ranks, real
-    and file_size see launch.
+    """run('train.py', '--key=value', …) as a user would, from an empty folder; fails unless the exit status
+    is `status`. With status 1 there must be one line on stderr, beside that of the weights, and no
+    traceback; it is returned. For ranks, real and file_size see launch.
     """
     def run(script, *arguments, status=0, env={}, stdin='', cwd=tmp_path, timeout=300, **how):  # noqa: B006
         with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +189,8 @@ def run(house, tmp_path):
             return subprocess.CompletedProcess([script, *arguments], returned, out, errors)
         if how.get('ranks'):  # torchrun adds a report of its own
             assert f'File "{house / script}"' not in errors, errors
-        else:  # datasets' progress bars stand there too
+        else:  # datasets' progress bars stand there too, and which weights were read
+            errors = re.sub(r'^.*: weights of iteration .*\n', '', errors, flags=re.M)
             lines = [line for line in errors.splitlines() if line and 'examples/s]' not in line]
             assert len(lines) == 1 and 'Traceback' not in errors, errors
         return errors
@@ -196,10 +199,9 @@ def run(house, tmp_path):
 
 @pytest.fixture
 def start(house, tmp_path):
-    """
-    start('--key=value', …): train.py in the background. Its stdout, and stderr if that is given no path or
-    file descriptor of its own, come line by line from process.stdout. It is killed at the end of the test.
-    For ranks, real and file_size see launch.
+    """start('--key=value', …): train.py in the background. Its stdout, and stderr if that is given no path
+    or file descriptor of its own, come line by line from process.stdout. It is killed at the end of the
+    test. For ranks, real and file_size see launch.
     """
     started = []
 
@@ -220,11 +222,11 @@ def start(house, tmp_path):
 
 @pytest.fixture
 def altered(house):
-    """altered(code): the name of a script that executes `code` and then train.py."""
-    def altered(code):
+    """altered(code): the name of a script that executes `code` and then train.py, or another script."""
+    def altered(code, script='train.py'):
         path = house / f"altered_{len(list(house.glob('altered_*')))}.py"
-        train = str(house / 'train.py')
-        path.write_text(f"import runpy\n{code}\nrunpy.run_path({train!r}, run_name='__main__')\n")
+        script = str(house / script)
+        path.write_text(f"import runpy\n{code}\nrunpy.run_path({script!r}, run_name='__main__')\n")
         return path.name
     return altered
 

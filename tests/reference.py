@@ -80,9 +80,8 @@ def adamw(p, weight_decay=0.1, lr=1e-3, betas=(0.9, 0.95)):
 
 
 def write_nanogpt_checkpoint(path, p, optimizer, args, iter_num, dataset):
-    """
-    The six keys that nanoGPT's train.py saves, as compiled runs save them: names prefixed, best_val_loss a
-    tensor.
+    """The six keys that nanoGPT's train.py saves, as compiled runs save them: names prefixed, best_val_loss
+    a tensor.
     """
     state = {f'_orig_mod.{name}': q.detach() for name, q in p.items()}
     state['_orig_mod.lm_head.weight'] = state['_orig_mod.transformer.wte.weight']

@@ -27,6 +27,7 @@ CONFIG_FILES = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 def configured(monkeypatch, script, *arguments):
     """The `config` that a script of the project gets from its arguments."""
     monkeypatch.setattr(sys, 'argv', [script, *arguments])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the configurator has one
     source = (ROOT / script).read_text(encoding='utf-8')
     start = source.index("configurator.py').read_text(")
     scope = {'__file__': str(ROOT / script), '__name__': '__main__'}
@@ -68,8 +69,8 @@ def test_config_file_for_sample(monkeypatch, capsys, name):
     text = (ROOT / 'config' / name).read_text(encoding='utf-8')
     assigned = {line.split(' = ')[0] for line in text.splitlines() if re.match(r'\w+ = ', line)}
     config = configured(monkeypatch, 'sample.py', f'config/{name}')
-    start, names = capsys.readouterr().err.removesuffix('\n').split(': ignored, no keys of sample.py: ')
-    assert start == f'config/{name}' and set(names.split(', ')) == assigned - set(config)
+    start, names = capsys.readouterr().err.removesuffix('\n').split('ignored, no keys of sample.py: ')
+    assert not start and set(names.split(', ')) == assigned - set(config)
 
 
 def test_keys_of_the_other_script_are_no_typos(monkeypatch, tmp_path):
@@ -86,3 +87,37 @@ def test_help(run):
         out = run(script, '--help').stdout
         assert all(f'--{key}={value!r}' in out for key, value in defaults.items())
     assert 'python data/openwebtext/prepare.py' in run('data/openwebtext/prepare.py', '--help').stdout
+
+
+NO_PACKAGES = """
+import sys
+for name in ('torch', 'numpy', 'tqdm', 'transformers', 'datasets', 'tokenizers', 'tiktoken', 'model', 'data'):
+    sys.modules[name] = None  # importing it is an error
+"""
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'data/custom/prepare.py', *(
+    pytest.param(f'data/{name}/prepare.py', marks=pytest.mark.slow)
+    for name in ('openwebtext', 'wiki_zh', 'wikitext'))])
+def test_answers_without_packages(run, altered, script):
+    """--help and a typo are answered at once: the imports, which take seconds, come behind the keys."""
+    bare = altered(NO_PACKAGES, script)
+    assert 'keys and their defaults:\n  --' in run(bare, '--help').stdout
+    assert "unknown key 'numworkers'" in run(bare, '--numworkers=3', status=1)
+
+
+def test_requirements():
+    """Every package is pinned. An older Python, which a pin would fail with a page of versions, meets a line
+    whose name tells what is wrong.
+    """
+    from packaging.requirements import Requirement
+    lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
+    first, *others = [Requirement(line) for line in lines if line.strip() and line[0] != '#']
+    assert first.name == 'Python-3.11-or-later-is-needed' and first.url == f'file:///{first.name}'
+    for version, applies in (('3.9', True), ('3.10', True), ('3.11', False), ('3.14', False)):
+        assert first.marker.evaluate({'python_version': version}) is applies
+    assert not first.marker.evaluate()
+    for requirement in others:
+        pins = [specifier.operator for specifier in requirement.specifier]
+        assert pins == ['=='] and '*' not in str(requirement.specifier), requirement
+        assert requirement.marker is None and requirement.url is None

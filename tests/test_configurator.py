@@ -1,4 +1,5 @@
 """configurator.py, executed in a fresh dict as a script's globals."""
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def configure(monkeypatch, *arguments, script=SCRIPT, **names):
     names |= {'__name__': '__main__'}
     exec(script, names)
     monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, arguments)])
+    monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
     exec(SOURCE, names)
     return names
 
@@ -204,10 +206,20 @@ def test_ignored_names(monkeypatch, config_file, capsys):
     assert names['batch_size'] == 1 and not {'foo', 'n_layer', 'bar'} & set(names)
     assert not {'foo', 'n_layer', 'bar'} & (set(names['config']) | names['given_keys'])
     streams = capsys.readouterr()
-    assert streams.err == f'{first}, {second}: ignored, no keys of script.py: foo, n_layer, bar\n'
+    assert streams.err == 'ignored, no keys of script.py: foo, n_layer, bar\n'
     assert streams.out == ''
     configure(monkeypatch, config_file("import math\n_hidden = 3\nbatch_size = 2\n"))
     assert capsys.readouterr().err == ''
+
+
+def test_help_into_a_closed_pipe(house):
+    """`python train.py --help | head -1`: no traceback."""
+    process = subprocess.Popen([sys.executable, '-u', house / 'train.py', '--help'], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b'Traceback' not in process.stderr.read()
+    process.wait()
+    process.stderr.close()
 
 
 def test_project_files(monkeypatch, tmp_path):
@@ -259,3 +271,17 @@ def test_one_process_prints(monkeypatch, config_file, capsys):
     assert 'ignored' in capsys.readouterr().err
     waited.clear()
     assert 'batch_size' in error(monkeypatch, '--batchsize=3') and sum(waited) == 0
+
+
+def test_errors_behind_it(monkeypatch, capsys):
+    """Of the script that it has configured: a missing package is a line that says what to do, Ctrl-C says
+    nothing, and a bug has its traceback.
+    """
+    configure(monkeypatch)
+    for raised, words in (
+            (ModuleNotFoundError("No module named 'x'"),
+             "No module named 'x': pip install -r requirements.txt\n"), (KeyboardInterrupt(), ''),
+            (ImportError("cannot import name 'y'"), "ImportError: cannot import name 'y'\n"),
+            (ValueError('a bug'), 'ValueError: a bug\n')):
+        sys.excepthook(type(raised), raised, None)
+        assert capsys.readouterr() == ('', words)

@@ -83,9 +83,8 @@ def cut_off_server():
 
 
 def test_download(run, house, tmp_path):
-    """
-    Without a network one line names the address and the place. A damaged file is refused, whether it is there
-    or has been fetched. Neither leaves anything behind.
+    """Without a network one line names the address and the place. A damaged file is refused, whether it is
+    there or has been fetched. Neither leaves anything behind.
     """
     from data.common import download
     folder = house / 'data' / 'shakespeare_char'
@@ -113,8 +112,7 @@ def test_download(run, house, tmp_path):
 
 
 def test_tokenizers(tmp_path, bpe):
-    """
-    A text comes back from its ids, a tokenizer from its file, and <|endoftext|> in a text is special only
+    """A text comes back from its ids, a tokenizer from its file, and <|endoftext|> in a text is special only
     where the text is not ordinary. Files and texts that a tokenizer cannot read are ValueErrors.
     """
     from data.tokenizer import Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
@@ -146,7 +144,7 @@ def test_tokenizers(tmp_path, bpe):
     assert pickle.loads(Tokenizer(without).files()['meta.pkl']).keys() == {'stoi', 'itos'}
     for damaged in (b'', b'\x80\x04', pickle.dumps(np.int64)):
         (tmp_path / 'char' / 'meta.pkl').write_bytes(damaged)
-        with pytest.raises(ValueError, match='it must hold a plain dict with vocab_size, stoi and itos'):
+        with pytest.raises(ValueError, match='cannot read .*meta.pkl'):
             read_tokenizer_spec(tmp_path / 'char')
     with pytest.raises(ValueError, match='cannot read tokenizer.json'):
         Tokenizer({'kind': 'bpe', 'json': '{}'})
@@ -277,8 +275,8 @@ def test_documents_in_flight(tmp_path):
 
 @pytest.mark.slow
 def test_killed_prepare(house, tmp_path, bpe, request):
-    """
-    Whenever prepare.py is killed, every .bin is whole, and a new val.bin never has an old train.bin with it.
+    """Whenever prepare.py is killed, every .bin is whole, and a new val.bin never has an old train.bin with
+    it.
     """
     corpora = []
     for n in (0, 1):
@@ -427,7 +425,7 @@ def test_wiki_zh(run, house, tmp_path, wiki):
         found += [tokenizer.decode(part.tolist()) for part in parts]
     want = [text if text.startswith(title) else f'{title}\n\n{text}' for title, text in ARTICLES]
     assert sorted(found) == sorted(want)
-    assert 'unpack wiki_zh_2019.zip there' in run('data/wiki_zh/prepare.py', status=1)
+    assert 'unpack wiki2019zh.zip there' in run('data/wiki_zh/prepare.py', status=1)
     (tmp_path / 'wiki' / 'AB' / 'wiki_00').write_text('{"title": "a", "text": "b"}\n{"ti')
     words = run('data/wiki_zh/prepare.py', f'--input={tmp_path}/wiki', status=1)
     assert f'{tmp_path}/wiki/AB/wiki_00, row 2' in words
@@ -515,8 +513,7 @@ def wikitext(tmp_path):
 
 
 def test_wikitext(run, house, tmp_path, bpe, wikitext):
-    """
-    Spaces that people do not write are gone, words are counted as they stood, each article is a document.
+    """Spaces that people do not write are gone, words are counted as they stood, each article is a document.
     test becomes val.bin, or valid.
     """
     words = len(ARTICLE.split()) + ARTICLE.count('\n')

@@ -31,7 +31,7 @@ def cases(quick, *more):
      (['--optimizer=mun'], "optimizer takes adamw or muon, not 'mun'"),
      (['--dataset=shakespeare_char'], 'train.bin: run `python {house}/data/shakespeare_char/prepare.py`'),
      (['--init_from=resume'], 'no checkpoint at out/ckpt.pt: train first, or name the folder with --out_dir'),
-     (['--init_from=gpt2', '--dataset=bare'], "cannot read GPT-2 weights from 'gpt2'"),
+     (['--init_from=gpt2', '--dataset=bare'], "cannot read GPT-2 from 'gpt2'"),
      (['--seed=-1'], 'seed must be at least 0, not -1'),
      (['--block_size=5000'], 'a sequence takes block_size + 1 = 5001: use a smaller --block_size')],
     (['--batch_size=many'], "batch_size takes int, not 'many'"),
@@ -49,13 +49,13 @@ def cases(quick, *more):
     (['--peak_flops=x'], "peak_flops takes float or None, not 'x'")))
 def test_train(run, house, tmp_path, arguments, words):
     assert words.format(house=house) in run('train.py', *SMALL, *arguments, status=1)
-    assert not list(tmp_path.glob('out/*'))
+    assert {path.name for path in tmp_path.glob('out/*')} <= {'.lock'}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has CUDA')
 @pytest.mark.parametrize('script', [pytest.param('train.py', marks=slow), 'sample.py'])
 def test_cuda_without_cuda(run, trained, script):
-    words = "device 'cuda:0': PyTorch sees 0 CUDA devices here; --device=cpu runs anywhere\n"
+    words = "device 'cuda:0': PyTorch finds 0 here; --device=cpu runs anywhere\n"
     assert run(script, *(SMALL if script == 'train.py' else []), '--device=cuda', status=1) == words
 
 
@@ -91,8 +91,9 @@ def test_meta(run, house):
     (lambda path: path.write_bytes(b''), 'truncated or not a checkpoint'),
     (lambda path: path.write_text('not a checkpoint at all'), 'truncated or not a checkpoint'),
     (lambda path: path.write_bytes(random.Random(7).randbytes(1000)), 'truncated or not a checkpoint'),
-    (lambda path: torch.save({'weights': 1}, path), "is no checkpoint of train.py"),
-    (lambda path: torch.save({'model': [1], 'model_args': None}, path), "is no checkpoint of train.py"),
+    (lambda path: torch.save({'weights': 1}, path), "whole checkpoint of train.py: it lacks 'model'\n"),
+    (lambda path: torch.save([1], path), "whole checkpoint of train.py: it lacks 'model'\n"),
+    (lambda path: torch.save({'model': [1], 'model_args': None}, path), 'checkpoint '),
     (lambda path: torch.save({**dict.fromkeys(('iter_num', 'best_val_loss', 'optimizer'), 0), 'config': {},
                               'model': {}, 'model_args': {'n_layer': 1}}, path),
      'the checkpoint does not fit this model.py')))
@@ -116,7 +117,7 @@ def test_checkpoint_for_sampling_only(run, trained, tmp_path):
     run('sample.py', '--num_samples=1', '--max_new_tokens=2')
     run('train.py', *SMALL, '--init_from=resume', '--eval_only=True')
     words = run('train.py', *SMALL, '--init_from=resume', status=1)
-    assert "cannot resume from out/ckpt.pt: the checkpoint lacks 'optimizer'" in words
+    assert words == "out/ckpt.pt is no whole checkpoint of train.py: it lacks 'optimizer'\n"
 
 
 def test_sample(run, trained):
@@ -131,8 +132,33 @@ def test_sample(run, trained):
             (['--num_samples=0'], 'num_samples must be at least 1'),
             (['--temperature=nan'], 'temperature takes float'),
             (['--max_new_tokens=0'], 'max_new_tokens must be at least 1'),
-            (['--init_from=gpt2'], "cannot read GPT-2 weights from 'gpt2'")):
+            (['--init_from=gpt2'], "cannot read GPT-2 from 'gpt2'")):
         assert words in run('sample.py', *arguments, status=1), arguments
+
+
+@pytest.mark.parametrize('script, package, arguments', cases(
+    [('train.py', 'torch', SMALL), ('sample.py', 'torch', []), ('data/custom/prepare.py', 'numpy', []),
+     ('train.py', 'transformers', [*SMALL, '--dataset=bare', '--init_from=gpt2'])],
+    ('train.py', 'numpy', SMALL), ('train.py', 'tqdm', SMALL),
+    ('sample.py', 'transformers', ['--init_from=gpt2']),
+    ('sample.py', 'tiktoken', ['--out_dir=bare']),
+    ('data/openwebtext/prepare.py', 'datasets', []), ('data/shakespeare/prepare.py', 'tqdm', [])))
+def test_missing_package(run, altered, tmp_path, script, package, arguments):
+    """One that is not installed, at the start or later where it is needed: one line says how to get it."""
+    if arguments == ['--out_dir=bare']:  # with GPT-2's encoding
+        run('train.py', *SMALL, '--dataset=bare', '--max_iters=1', *arguments)
+    before = sorted(tmp_path.rglob('*.*'))
+    without = altered(f'import sys\nsys.modules[{package!r}] = None', script)
+    words = run(without, *arguments, status=1)
+    assert words == f'import of {package} halted; None in sys.modules: pip install -r requirements.txt\n'
+    assert [path for path in sorted(tmp_path.rglob('*.*')) if path.name != '.lock'] == before
+
+
+def test_no_packages_at_all(run, altered):
+    """As a process of its own, with a Python that has nothing installed."""
+    without = altered("import sys\nsys.path = [p for p in sys.path if 'packages' not in p]")
+    words = run(without, *SMALL, status=1, real=True)
+    assert words == "No module named 'numpy': pip install -r requirements.txt\n"
 
 
 @slow
@@ -192,7 +218,7 @@ def test_tokenizer_files(run, house, trained, tmp_path):
     """Half a meta.pkl, a tokenizer.json that is not UTF-8, an empty optimizer: one line each."""
     for name, file, content, words in (
             ('half', 'meta.pkl', pickle.dumps({'stoi': {'a': 0}}), 'lacks stoi or itos'),
-            ('latin', 'tokenizer.json', b'{"caf\xe9"}', 'cannot read tokenizer.json')):
+            ('latin', 'tokenizer.json', b'{"caf\xe9"}', 'data/latin/tokenizer.json (JSONDecodeError: ')):
         folder = house / 'data' / name
         shutil.copytree(house / 'data' / 'bare', folder)
         (folder / file).write_bytes(content)

@@ -33,6 +33,11 @@ def tokens(*shape, seed=0, high=29):
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def prefill(net, x, cache):
+    """Reads x into an empty cache, as stream does: the logits behind the last position."""
+    return net.lm_head(net.hidden(x, cache)[:, -1])
+
+
 def all_logits(net, x):
     return net.lm_head(net.hidden(x))
 
@@ -85,29 +90,98 @@ def erf_gpt2(tmp_path_factory):
 
 @pytest.mark.slow
 def test_pretrained_variants(tmp_path, erf_gpt2):
-    """
-    The erf activation is taken over. What model.py cannot build, an incomplete file (transformers would fill
-    it with random weights) and a folder that is none get one line.
+    """The erf activation is taken over. An incomplete file (transformers would fill it with random weights)
+    and a folder that is none get one line.
     """
     from safetensors.torch import load_file, save_file
     theirs, folder = erf_gpt2
     net, x = GPT.from_pretrained(str(folder)), tokens(2, 8, high=11)
     assert net.config.activation == 'gelu' and (all_logits(net, x) - theirs(x).logits).abs().max() < 1e-5
-    for name in ('relu', 'partial', 'broken'):
+    for name in ('partial', 'shapes', 'empty'):
         shutil.copytree(folder, tmp_path / name)
-    config = (folder / 'config.json').read_text()
-    assert '"gelu"' in config
-    (tmp_path / 'relu' / 'config.json').write_text(config.replace('"gelu"', '"relu"'))
     weights = load_file(folder / 'model.safetensors')
     del weights['transformer.h.0.mlp.c_fc.weight']
     save_file(weights, tmp_path / 'partial' / 'model.safetensors', metadata={'format': 'pt'})
-    (tmp_path / 'broken' / 'config.json').write_text('{')
-    for name, words in (('relu', 'a variant of GPT-2'), ('broken', 'cannot read'),
-                        ('partial', 'not complete: transformer.h.0.mlp.c_fc.weight is missing'),
+    weights['transformer.h.0.mlp.c_fc.weight'] = torch.zeros(8, 16)
+    save_file(weights, tmp_path / 'shapes' / 'model.safetensors', metadata={'format': 'pt'})
+    (tmp_path / 'empty' / 'model.safetensors').unlink()
+    for name, words in (('partial', 'not complete: transformer.h.0.mlp.c_fc.weight is missing'),
+                        ('shapes', 'cannot read GPT-2 from .*shapes'), ('empty', 'is all there'),
                         ('missing', 'none of scratch, resume, auto, gpt2')):
         with pytest.raises(ValueError, match=words) as error:
             GPT.from_pretrained(str(tmp_path / name))
         assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('field, value', [
+    ('layer_norm_epsilon', 1e-6), ('n_inner', 16), ('scale_attn_weights', False),
+    ('scale_attn_by_inverse_layer_idx', True), ('tie_word_embeddings', False), ('add_cross_attention', True),
+    ('activation_function', 'relu'), ('activation_function', 'silu')])
+def test_fields_that_are_not_built(tmp_path, field, value):
+    """A GPT-2 that computes something else is refused, and the field of config.json that says so is named."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=11, bos_token_id=None,
+                               eos_token_id=None, **{field: value})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f'config.json: {field} is {value!r}, and model.py builds') as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('config, words', [
+    ('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', 'holds a LlamaForCausalLM: model.py'),
+    ('{"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}', 'holds a GPTNeoXForCausalLM: '),
+    ('{"model_type": "llama"}', 'holds a llama: '), ('{"model_type": "gpt_neox"}', 'holds a gpt_neox: '),
+    ('{"architectures": null, "model_type": "llama"}', 'holds a llama: '),
+    ('{', 'cannot read GPT-2 from .*JSONDecodeError'), ('[1]', 'cannot read GPT-2 from '),
+    ('', 'cannot read GPT-2 from '), ('caf\udce9', 'cannot read GPT-2 from '),
+    ('{"model_type": "gpt2"}', 'cannot read GPT-2 from .*: is all there')])
+def test_other_models(tmp_path, config, words):
+    """Folders of other models, and a config.json that is none: one line says what the folder holds."""
+    (tmp_path / 'config.json').write_bytes(config.encode(errors='surrogateescape'))
+    with pytest.raises(ValueError, match=words) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert '\n' not in str(error.value)
+
+
+def test_other_heads(tmp_path):
+    """A GPT-2 with another head is refused: transformers itself would read it and drop the head. One without
+    any is GPT-2. An adapter, which has no weights of its own, is to be merged first.
+    """
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=11, bos_token_id=None,
+                        eos_token_id=None, num_labels=2, initializer_range=1.0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / 'classes')
+    with pytest.raises(ValueError, match='classes holds a GPT2ForSequenceClassification: model.py builds'):
+        GPT.from_pretrained(str(tmp_path / 'classes'))
+    theirs, x = GPT2Model(config).eval(), tokens(2, 8, high=11)
+    theirs.save_pretrained(tmp_path / 'base')
+    net = GPT.from_pretrained(str(tmp_path / 'base'))
+    assert (net.hidden(x) - theirs(x).last_hidden_state).abs().max() < 1e-5
+    assert torch.equal(net.lm_head.weight, theirs.wte.weight)
+    for folder in ('base', 'adapter'):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / 'adapter_config.json').write_text('{}')
+        with pytest.raises(ValueError, match=f'{folder} holds an adapter of peft: merge it first'):
+            GPT.from_pretrained(str(tmp_path / folder))
+
+
+@pytest.mark.parametrize('name', list(ours.HF_ACTIVATIONS))
+@torch.no_grad()
+def test_names_of_gelu(tmp_path, name):
+    """transformers has six names for two functions; each gives its own logits here."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(
+        n_layer=2, n_head=1, n_embd=8, n_positions=8, vocab_size=11, bos_token_id=None, eos_token_id=None,
+        activation_function=name, initializer_range=0.5)).eval()
+    theirs.save_pretrained(tmp_path)
+    net, x = GPT.from_pretrained(str(tmp_path)), tokens(4, 8, high=11)
+    erf = name in ('gelu', 'gelu_python')
+    assert net.config.activation == ('gelu' if erf else 'gelu_tanh')
+    assert (all_logits(net, x) - theirs(x).logits).abs().max() < 1e-5
+    for block in net.transformer.h:
+        block.mlp.gelu = torch.nn.GELU('tanh' if erf else 'none')
+    assert (all_logits(net, x) - theirs(x).logits).abs().max() > 1e-5  # else this test shows nothing
 
 
 @pytest.mark.slow
@@ -173,12 +247,30 @@ def test_initialisation():
     assert abs(loss.item() - math.log(512)) < 0.1
 
 
+def test_resize_vocabulary():
+    """Cut, left alone, or filled up with the mean row, whose logit is never the largest: no id of the padding
+    is ever the likeliest.
+    """
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(11, 8, generator=g)
+    assert torch.equal(ours.resize_vocabulary(rows, 7), rows[:7])
+    assert torch.equal(ours.resize_vocabulary(rows, 11), rows)
+    filled = ours.resize_vocabulary(rows, 14)
+    assert filled.shape == (14, 8) and torch.equal(filled[:11], rows)
+    assert torch.equal(filled[11:], rows.mean(0).expand(3, 8))
+    filled[0] = 9.0  # a copy, not the model's own weights
+    assert rows[0].max() < 9
+    filled = ours.resize_vocabulary(rows, 14)
+    logits = torch.randn(10_000, 8, generator=g) @ filled.T
+    assert (logits[:, :11].max(-1).values > logits[:, 11:].max(-1).values).all()
+
+
 def test_crop_block_size():
     net, p, args = tiny()
     net.crop_block_size(5)
     x = tokens(2, 5)
     torch.testing.assert_close(all_logits(net, x), gpt_logits(p, args, x), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match='only be cropped'):
+    with pytest.raises(ValueError, match="block_size 6 is not within the model's 5"):
         net.crop_block_size(6)
 
 
@@ -187,9 +279,9 @@ def test_crop_block_size():
 
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scripts_of_nanogpt(compiled):
-    """
-    What nanoGPT's train.py, bench.py and sample.py do with a model: each of 20 losses is that of the plain
-    reference in float64. Once model(X, Y) returned no logits, and every script written for nanoGPT failed.
+    """What nanoGPT's train.py, bench.py and sample.py do with a model: each of 20 losses is that of the
+    plain reference in float64. Once model(X, Y) returned no logits, and every script written for nanoGPT
+    failed.
     """
     model_args = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, bias=False, vocab_size=29, dropout=0.0)
     torch.manual_seed(0)
@@ -265,15 +357,14 @@ def test_scripts_of_nanogpt(compiled):
 
 
 def test_sizes_of_nanogpt(monkeypatch):
-    """
-    GPTConfig's defaults; nanoGPT's counts of parameters and FLOPs for 124M at T = 1024; a peak only for chips
-    whose data sheet is known.
+    """GPTConfig's defaults; nanoGPT's counts of parameters and FLOPs for 124M at T = 1024; a peak only for
+    chips whose data sheet is known.
     """
     with torch.device('meta'):
         net = GPT(GPTConfig(bias=False))
     assert vars(GPTConfig()) == dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768,
                                      dropout=0.0, bias=True, activation='gelu')
-    assert round(net.get_num_params() / 1e6, 2) == 123.59 and round(net.estimate_flops() / 1e6) == 855
+    assert round(net.get_num_params() / 1e6, 2) == 123.59 and round(net.estimate_mfu(1, 1024, 1) / 1e6) == 855
     assert net.estimate_mfu(1, 1.024, None) is None
     assert net.estimate_mfu(1, 1.024, 1e12) == pytest.approx(0.855, rel=1e-3)
     assert net.estimate_mfu(480, 3.0) == pytest.approx(0.449, abs=1e-3)  # nanoGPT's on one A100
@@ -306,9 +397,8 @@ def alone(tmp_path, monkeypatch):
 
 
 def test_model_py_alone(alone, tmp_path, monkeypatch):
-    """
-    The one file without the project trains, generates and reads checkpoints. Once from_checkpoint imported
-    the tokenizers' module, which who copies only model.py, as nanoGPT's users do, does not have.
+    """The one file without the project trains, generates and reads checkpoints. Once from_checkpoint
+    imported the tokenizers' module, which who copies only model.py, as nanoGPT's users do, does not have.
     """
     for name in ('transformers', 'tokenizers'):
         monkeypatch.setitem(sys.modules, name, None)
@@ -362,9 +452,8 @@ def test_chunked_loss(monkeypatch, chunk, ignored):
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 def test_chunked_loss_used_twice(dtype):
-    """
-    The gradients of two backward passes are equal, and a loss may stand twice in one formula. Once the first
-    pass scaled the saved gradients in place, and the second one failed for it, as no plain loss does.
+    """The gradients of two backward passes are equal, and a loss may stand twice in one formula. Once the
+    first pass scaled the saved gradients in place, and the second one failed for it, as no plain loss does.
     """
     net, x, y = tiny()[0].to(dtype), tokens(4, 12), tokens(4, 12, seed=1)
     def grads(of, **how):
@@ -409,9 +498,8 @@ def test_chunked_loss_in_half_precision(dtype, tolerance):
 
 
 def test_float16_sums_do_not_overflow():
-    """
-    The gradient of a weight sums over all rows, and before any GradScaler sees it: here it is 0.875 of 80,000
-    in the product, beyond float16, and small again after the division by the number of rows.
+    """The gradient of a weight sums over all rows, and before any GradScaler sees it: here it is 0.875 of
+    80,000 in the product, beyond float16, and small again after the division by the number of rows.
     """
     x, w = torch.full((8000, 4), 10.0), torch.zeros(8, 4, requires_grad=True)
     y = torch.zeros(8000, dtype=torch.long)
@@ -456,9 +544,9 @@ def test_logits_are_never_complete(monkeypatch, training):
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_compiled_without_a_break(monkeypatch, mode, checkpointing):
-    """
-    Dynamo traces the whole of forward and the chunked loss, with the bits of eager. Once it could not read an
-    attribute of the autograd.Function inside its forward, and the loss silently ran eager on every GPU.
+    """Dynamo traces the whole of forward and the chunked loss, with the bits of eager. Once it could not
+    read an attribute of the autograd.Function inside its forward, and the loss silently ran eager on every
+    GPU.
     """
     monkeypatch.setattr(ours, 'LOSS_CHUNK', 29 * 20)  # three chunks, the last one ragged
     half = not checkpointing  # dropout and bfloat16 together round in another way
@@ -488,7 +576,7 @@ def test_compiled_decode():
     torch._dynamo.reset()
     x, positions = tokens(2, 12), torch.arange(12)
     want, cache = all_logits(net, x), net.new_cache(2, 12)
-    net.prefill(x[:, :4], cache)
+    prefill(net, x[:, :4], cache)
     decode = torch.compile(net.decode, backend='aot_eager', fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for t in range(4, 12):
@@ -523,9 +611,8 @@ def test_compile_method(monkeypatch):
     (dict(n_head=4, n_embd=32, activation='gelu_tanh'), torch.float64, 1e-12)])
 @torch.no_grad()
 def test_cache_is_exact(shape, dtype, tolerance):
-    """
-    Whatever the prompt's length, 1 … block_size, cached logits are the uncached ones; so they are through the
-    mask of static shapes, and for several tokens at a time behind a cache.
+    """Whatever the prompt's length, 1 … block_size, cached logits are the uncached ones; so they are through
+    the mask of static shapes, and for several tokens at a time behind a cache.
     """
     net, p, args = tiny(**shape)
     net.to(dtype)
@@ -535,14 +622,14 @@ def test_cache_is_exact(shape, dtype, tolerance):
     for prompt in range(1, 13):
         sliced, static = net.new_cache(2, 12), net.new_cache(2, 12)
         for cache in (sliced, static):
-            assert (net.prefill(x[:, :prompt], cache) - whole[:, prompt - 1]).abs().max() < tolerance
+            assert (prefill(net, x[:, :prompt], cache) - whole[:, prompt - 1]).abs().max() < tolerance
         for t in range(prompt, 12):
             pos = positions[t:t + 1]
             logits = (net.decode(x[:, t:t + 1], pos, [kv[..., :t + 1, :] for kv in sliced]),
                       net.decode(x[:, t:t + 1], pos, static, (positions <= pos)[None]))
             assert max((found - whole[:, t]).abs().max() for found in logits) < tolerance
     cache = net.new_cache(2, 12)
-    net.prefill(x[:, :5], cache)
+    prefill(net, x[:, :5], cache)
     found = net.lm_head(net.hidden(x[:, 5:], cache, positions[5:], positions <= positions[5:, None]))
     assert (found - whole[:, 5:]).abs().max() < tolerance
     assert not any('cache' in name or 'kv' in name for name in net.state_dict())
@@ -555,9 +642,9 @@ def test_for_sampling(dtype):
     x = tokens(2, 12)
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         net, _, _ = tiny()
-        want = net.prefill(x, net.new_cache(2, 12))
+        want = prefill(net, x, net.new_cache(2, 12))
         net = net.for_sampling('cpu', dtype)
-        found = net.prefill(x, net.new_cache(2, 12))
+        found = prefill(net, x, net.new_cache(2, 12))
         assert (found - want).abs().max() < (1e-5 if dtype == torch.float32 else 1e-6)
 
 
@@ -593,8 +680,7 @@ def test_a_row_is_its_own():
 
 @pytest.mark.parametrize('prompt', [1, 4, 12, 20])
 def test_greedy_is_the_plain_loop(prompt):
-    """
-    Token for token what running the whole window for each token gives, up to block_size; beyond it, the
+    """Token for token what running the whole window for each token gives, up to block_size; beyond it, the
     window goes on from its later half.
     """
     net, p, args = tiny()
@@ -663,9 +749,8 @@ def with_muon():
 
 
 def test_muon_groups():
-    """
-    Every parameter in one group: c_attn as three matrices, the other matrices of the blocks as one, the rest
-    with AdamW.
+    """Every parameter in one group: c_attn as three matrices, the other matrices of the blocks as one, the
+    rest with AdamW.
     """
     net, muon, names = with_muon()
     groups = [[names[q] for q in group['params']] for group in muon.param_groups]
@@ -679,9 +764,8 @@ def test_muon_groups():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_muon_is_orthogonal(dtype):
-    """
-    Singular values near 1 and the singular vectors of a float64 decomposition, however badly the matrix is
-    conditioned or scaled.
+    """Singular values near 1 and the singular vectors of a float64 decomposition, however badly the matrix
+    is conditioned or scaled.
     """
     g = torch.Generator().manual_seed(0)
     def orthogonal(x):
@@ -704,8 +788,7 @@ def test_muon_is_orthogonal(dtype):
 
 
 def test_muon_steps():
-    """
-    Three steps against Muon written out with float64 decompositions, one matrix at a time, and PyTorch's
+    """Three steps against Muon written out with float64 decompositions, one matrix at a time, and PyTorch's
     AdamW for the rest.
     """
     net, muon, names = with_muon()
@@ -736,9 +819,8 @@ def test_muon_steps():
 
 
 def test_muon_under_float16():
-    """
-    An infinite gradient: the GradScaler skips the whole step, Muon's half too. Fused AdamW asks it to leave
-    that to the kernel, which knows nothing of Muon.
+    """An infinite gradient: the GradScaler skips the whole step, Muon's half too. Fused AdamW asks it to
+    leave that to the kernel, which knows nothing of Muon.
     """
     net, muon, _ = with_muon()
     before = {name: q.clone() for name, q in net.named_parameters()}
@@ -817,9 +899,8 @@ def test_poisoned_files_run_nothing(tmp_path):
 
 
 def test_strides_of_a_file(tmp_path):
-    """
-    Weights become contiguous. Fused AdamW on a CPU writes numel elements behind the data pointer whatever the
-    strides, so that an expanded tensor of a checkpoint made it write into memory of others.
+    """Weights become contiguous. Fused AdamW on a CPU writes numel elements behind the data pointer whatever
+    the strides, so that an expanded tensor of a checkpoint made it write into memory of others.
     """
     net, p, args = tiny()
     weights = {**net.state_dict(), 'transformer.wpe.weight': torch.ones(1, 16).expand(12, 16)}
@@ -829,8 +910,7 @@ def test_strides_of_a_file(tmp_path):
 
 
 def test_checkpoints_of_nanogpt(tmp_path):
-    """
-    The prefix of torch.compile and the mask buffers of old checkpoints are accepted; the model is in eval
+    """The prefix of torch.compile and the mask buffers of old checkpoints are accepted; the model is in eval
     mode, as transformers' are; dropout may be another one.
     """
     net, p, args = tiny()
@@ -845,14 +925,32 @@ def test_checkpoints_of_nanogpt(tmp_path):
     assert read.tokenizer_source == ROOT / 'data' / 'NAME'
 
 
-def test_which_file_of_a_folder(tmp_path):
-    """ckpt.pt, which is the best model; last.pt only where no other is; one line where there is none."""
+def test_which_file_of_a_folder(tmp_path, monkeypatch, capsys):
+    """ckpt.pt, which is the best model; last.pt only where no other is; or the file that is named. A line on
+    stderr, of the first process of torchrun, says which. One line where there is none.
+    """
+    monkeypatch.delenv('RANK', raising=False)
     with pytest.raises(ValueError, match='no checkpoint at .*ckpt.pt: train first'):
         GPT.from_checkpoint(tmp_path)
-    for name, seed in (('last.pt', 1), ('ckpt.pt', 2)):
-        net, p, args = tiny(seed)
-        torch.save({'model': net.state_dict(), 'model_args': args}, tmp_path / name)
-        assert torch.equal(GPT.from_checkpoint(tmp_path)(tokens(2, 3))[0], net(tokens(2, 3))[0])
+    models = {}
+    best, last = (tmp_path / name for name in ('ckpt.pt', 'last.pt'))
+    for path, seed in ((last, 1), (best, 2)):
+        models[path], p, args = tiny(seed)
+        torch.save({'model': models[path].state_dict(), 'model_args': args, 'iter_num': seed}, path)
+        for folder in (tmp_path, str(tmp_path)):
+            read = GPT.from_checkpoint(folder)
+            assert torch.equal(read(tokens(2, 3))[0], models[path](tokens(2, 3))[0])
+            newer = f'; {last} is newer' if path == best else ''
+            assert capsys.readouterr() == ('', f'{path}: weights of iteration {seed}{newer}\n')
+    for path, says in ((last, '1'), (best, f'2; {last} is newer')):
+        assert torch.equal(GPT.from_checkpoint(path)(tokens(2, 3))[0], models[path](tokens(2, 3))[0])
+        assert capsys.readouterr().err == f'{path}: weights of iteration {says}\n'
+    for rank, lines in (('1', 0), ('0', 1)):
+        monkeypatch.setenv('RANK', rank)
+        GPT.from_checkpoint(tmp_path)
+        assert capsys.readouterr().err.count('\n') == lines
+    GPT.from_checkpoint(read_checkpoint(best))  # whoever has read it knows which it was
+    assert capsys.readouterr() == ('', '')
 
 
 def test_damaged_checkpoints(tmp_path):
@@ -864,7 +962,7 @@ def test_damaged_checkpoints(tmp_path):
     with pytest.raises(ValueError, match='cannot read .*ckpt.pt, truncated') as error:
         GPT.from_checkpoint(path)
     assert '\n' not in str(error.value)
-    for content, words in ((net.state_dict(), 'is no checkpoint of train.py'),
+    for content, words in ((net.state_dict(), "ckpt.pt is no whole checkpoint of train.py: it lacks 'model'"),
                            ({**good, 'model_args': {**args, 'n_head': 3}}, 'n_embd 16 is not divisible'),
                            ({**good, 'model_args': {**args, 'rope': True}}, 'rope'),
                            ({**good, 'model_args': {**args, 'n_layer': 4}}, 'does not fit this model.py'),
@@ -873,7 +971,7 @@ def test_damaged_checkpoints(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             GPT.from_checkpoint(path)
         assert '\n' not in str(error.value)
-    with pytest.raises(ValueError, match="the checkpoint lacks 'optimizer'"):
+    with pytest.raises(ValueError, match="it lacks 'optimizer'"):
         read_checkpoint(path, ('model', 'optimizer'))
 
 
@@ -904,9 +1002,8 @@ def test_tokenizers(tmp_path, bpe):
 
 
 def test_reads_like():
-    """
-    Two tokenizers are alike if every id has the same text. A model trained on the ids of one must not go on
-    with those of another, as nanoGPT would: they are only numbers to it.
+    """Two tokenizers are alike if every id has the same text. A model trained on the ids of one must not go
+    on with those of another, as nanoGPT would: they are only numbers to it.
     """
     abc, trained = char_tokenizer('abc\n'), train_bpe(['abc abc'], 260)
     assert abc.reads_like(char_tokenizer('abc\n')) and trained.reads_like(Tokenizer(trained.spec))

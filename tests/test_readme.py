@@ -1,22 +1,23 @@
 """
-Every command of README.md and README.zh-CN.md: its files exist, its keys are real, and what needs neither
-network nor GPUs is run, shortened.
+Every command and every snippet of README.md and README.zh-CN.md: its files exist, its keys are real, and what
+needs neither network nor GPUs nor a package of its own is run, shortened.
 """
+import ast
 import re
 import shlex
+from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TEXT
 from test_config import configured
 
 # Not run here, each for its reason; the keys of all of them are checked nevertheless
 NOT_RUN = {
     r'python3 -m venv|^\. \.venv|pip install': 'makes an environment: .ci/run does',
     r'-m pytest': 'these tests themselves',
-    r'prepare.py --files|custom/prepare.py|wiki[-_]zh':
-        'the data of its user: tests/test_data.py runs them on its own',
+    r'prepare.py --files|wiki[-_]zh': 'the data of its user: tests/test_data.py runs them on its own',
     r'openwebtext/prepare.py': 'network',
-    r'finetune_shakespeare|out-shakespeare$|gpt2-xl|eval_gpt2|wikitext':
+    r'finetune_shakespeare|out-shakespeare$|out-mybook|gpt2-xl|eval_gpt2|wikitext':
         "network: GPT-2's weights, WikiText; tests/test_export.py has the latter's config",
     r'--nproc_per_node=8': 'eight GPUs',
 }
@@ -35,10 +36,14 @@ SHORT = {
 PAGES = {name: (ROOT / name).read_text(encoding='utf-8') for name in ('README.md', 'README.zh-CN.md')}
 
 
+def blocks(language, page='README.md'):
+    return re.findall(rf'^```{language}\n(.*?)^```', PAGES[page], re.M | re.S)
+
+
 def commands(page='README.md'):
-    """The commands of all sh blocks, in order, those joined by && apart."""
-    blocks = re.findall(r'^```sh\n(.*?)^```', PAGES[page], re.M | re.S)
-    return [part.strip() for block in blocks for line in block.splitlines() for part in line.split('&&')]
+    """The commands of all sh blocks, in order, those joined by && apart, those on several lines joined."""
+    lines = [line for block in blocks('sh', page) for line in block.replace('\\\n', ' ').splitlines()]
+    return [part.strip() for line in lines for part in line.split('&&')]
 
 
 def parse(command):
@@ -66,6 +71,7 @@ def test_keys(monkeypatch, command):
 def test_commands_run(run, house, with_text, bpe):
     """In the order of the page, in one folder: what a command needs, an earlier one has made."""
     (house / 'prompt.txt').write_text('import os\n')
+    (house / 'book.txt').write_text(TEXT)
     done = []
     for command in commands():
         if any(re.search(pattern, command) for pattern in NOT_RUN):
@@ -81,14 +87,29 @@ def test_commands_run(run, house, with_text, bpe):
         assert out or 'save_pretrained' in command, command
         assert out.startswith('class ') or 'pipeline' not in command
         done.append(script)
-    assert done.count('train.py') >= 6 and done.count('sample.py') >= 6 and done.count('one_liner.py') == 2
+    assert done.count('train.py') >= 6 and done.count('sample.py') >= 5 and done.count('one_liner.py') == 2
     assert 'data/python_char/prepare.py' in done
+    ran = 0
+    for snippet in blocks('python'):  # in the same folder, where the commands have trained and exported
+        imported = [name for node in ast.walk(ast.parse(snippet)) for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])]
+        packages = ['tensorboard' if 'tensorboard' in name else name.split('.')[0] for name in imported]
+        if 'torch.onnx' in snippet:
+            packages.append('onnxscript')
+        if all(name == 'model' or find_spec(name) for name in packages):
+            (house / 'snippet.py').write_text(snippet, encoding='utf-8')
+            out = run('snippet.py', cwd=house, env={'MPLBACKEND': 'agg'}).stdout
+            assert out.startswith('class ') or 'print' not in snippet
+            ran += 1
+    assert ran >= 2 and (house / 'out-python-char' / 'loss.png').stat().st_size > 1000
 
 
 def test_pages_agree():
     """The Chinese page has the same commands, the same tables and the same figures as the English one."""
     english, chinese = PAGES.values()
     assert commands('README.md') == commands('README.zh-CN.md')
+    assert blocks('python') == blocks('python', 'README.zh-CN.md')
     number = r'\d+(?:[.,]\d+)*'
     tables = [[(line.count('|'), sorted(re.findall(number, line)))
                for line in page.splitlines() if line.startswith('|')] for page in (english, chinese)]

@@ -1,9 +1,9 @@
 """sample.py: what it prints, and what decides it."""
 import io
+import os
 import re
 import runpy
 import shutil
-import signal
 import sys
 
 import numpy as np
@@ -45,21 +45,15 @@ def texts(out):
 
 @pytest.fixture
 def sample(house, trained, monkeypatch, capsys):
-    """
-    sample('--key=value', …) runs sample.py in this process, which starts no other, in the folder `trained`;
-    returns its texts. sample.out and sample.err are what it has written.
+    """sample('--key=value', …) runs sample.py in this process, which starts no other, in the folder
+    `trained`; returns its texts. sample.out and sample.err are what it has written.
     """
     def sample(*arguments, script='sample.py', stdin='', cwd=trained):
-        handlers = {number: signal.getsignal(number)
-                    for number in (getattr(signal, name, None) for name in ('SIGINT', 'SIGPIPE')) if number}
         monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the configurator has one
         monkeypatch.setattr(sys, 'argv', [script, '--device=cpu', *arguments])
         monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
-        try:
-            runpy.run_path(str(house / script), run_name='__main__')
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        runpy.run_path(str(house / script), run_name='__main__')
         sample.out, sample.err = capsys.readouterr()
         return texts(sample.out)
     return sample
@@ -104,11 +98,21 @@ def test_memory_splits_the_batch(sample, house):
         assert f"prefill {3 if n == 9 else 1} tokens in" in sample.err  # of one token each
 
 
+def test_folder_with_a_checkpoint(run, tmp_path, trained):
+    """--init_from takes a folder with a checkpoint, or the file, as --out_dir does; no other folder."""
+    how = ['--device=cpu', '--num_samples=1', '--max_new_tokens=20']
+    want = run('sample.py', *how, cwd=trained).stdout
+    for path in ('out', 'out/ckpt.pt'):
+        assert run('sample.py', *how, f'--init_from={path}', cwd=trained).stdout == want
+    words = run('sample.py', *how, '--init_from=nowhere', status=1)
+    assert words.startswith("init_from 'nowhere' is no folder with a checkpoint or a GPT-2 of transformers")
+
+
 def test_speeds(sample):
     """Prefill and decode apart, on stderr; the first new token comes out of prefill."""
     sample('--num_samples=3', '--start=the ', '--max_new_tokens=11')
     speed = r'tokens in [\d.]+ s, \d+ tok/s; '
-    assert re.fullmatch(rf'prefill 4 {speed}decode 30 {speed}cpu, float32\n', sample.err)
+    assert re.search(rf'^prefill 4 {speed}decode 30 {speed}cpu, float32\n\Z', sample.err, re.M)
 
 
 def test_stop(sample):
@@ -162,12 +166,59 @@ def test_dtypes(sample, dtype):
     assert sample.err.endswith(f'; cpu, {dtype}\n')
 
 
-def test_last_checkpoint(sample, trained, tmp_path):
-    """A run that was ended before its first ckpt.pt left a last.pt alone; it can be sampled from."""
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'last.pt').write_bytes((trained / 'out' / 'ckpt.pt').read_bytes())
+def test_last_checkpoint(sample, trained, tmp_path, monkeypatch):
+    """A run that was ended before its first ckpt.pt left a last.pt alone; it can be sampled from. Beside a
+    ckpt.pt it is taken where it is named. stderr tells which file it was, and of which iteration.
+    """
+    monkeypatch.delenv('RANK', raising=False)
+    best, last = (tmp_path / 'out' / name for name in ('ckpt.pt', 'last.pt'))
+    best.parent.mkdir()
+    last.write_bytes((trained / 'out' / 'ckpt.pt').read_bytes())
     how = ['--num_samples=1', '--max_new_tokens=20']
-    assert sample(*how, cwd=tmp_path) == sample(*how)
+    text = sample(*how)
+    def line():
+        return sample.err.splitlines()[0]
+    assert line() == 'out/ckpt.pt: weights of iteration 60'
+    assert sample(*how, cwd=tmp_path) == text
+    assert line() == 'out/last.pt: weights of iteration 60' and 'newer' not in sample.err
+    other = torch.load(last, weights_only=True)
+    other['model'] = {name: p * 0.5 for name, p in other['model'].items()}
+    torch.save({**other, 'iter_num': 40}, best)
+    assert sample(*how, cwd=tmp_path) != text
+    assert line() == 'out/ckpt.pt: weights of iteration 40; out/last.pt is newer'
+    assert sample(*how, '--out_dir=out/last.pt', cwd=tmp_path) == text
+    assert line() == 'out/last.pt: weights of iteration 60'
+    monkeypatch.setenv('RANK', '1')
+    assert sample(*how, '--out_dir=out/last.pt', cwd=tmp_path) == text and line().startswith('prefill')
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='pipes of POSIX systems')
+def test_nobody_reads(start, trained, tmp_path):
+    """python sample.py … | head: it ends, and says no word about that."""
+    errors = tmp_path / 'errors'
+    errors.write_text('')
+    process = start('--device=cpu', f'--out_dir={trained / "out"}', '--num_samples=1',
+                    '--max_new_tokens=100000', '--stream=True', script='sample.py', stderr=errors)
+    assert process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert errors.read_text() == f'{trained / "out" / "ckpt.pt"}: weights of iteration 60\n'
+
+
+def test_console_without_a_character(sample, trained, tmp_path, monkeypatch):
+    """An old console that has no Chinese shows '?' in its place, and the text goes on."""
+    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
+    stoi = {{'q': '日'}.get(c, c): i for c, i in checkpoint['tokenizer']['stoi'].items()}
+    checkpoint['tokenizer'].update(stoi=stoi, itos={i: c for c, i in stoi.items()})
+    (tmp_path / 'out').mkdir()
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    how = ['--start=the 日uick ', '--num_samples=1', '--max_new_tokens=20', '--temperature=0']
+    want, = sample(*how, cwd=tmp_path)
+    console = io.TextIOWrapper(io.BytesIO(), encoding='cp437')
+    monkeypatch.setattr(sys, 'stdout', console)
+    with pytest.raises(AssertionError):  # nothing reached the stdout that is captured
+        sample(*how, cwd=tmp_path)
+    assert console.buffer.getvalue().decode('cp437') == want.replace('日', '?') + '\n' + END
 
 
 @pytest.mark.slow
@@ -199,7 +250,8 @@ def test_process(run, sample, trained):
     how = ['--num_samples=2', '--max_new_tokens=20', '--start=-']
     done = run('sample.py', '--device=cpu', *how, stdin='the lazy ', cwd=trained)
     assert texts(done.stdout) == sample(*how, stdin='the lazy ')
-    assert done.stderr.startswith('prefill 9 tokens')
+    first, second = done.stderr.splitlines()
+    assert first == 'out/ckpt.pt: weights of iteration 60' and second.startswith('prefill 9 tokens')
 
 
 @pytest.mark.slow
@@ -214,14 +266,13 @@ def test_nanogpt_checkpoint(run, sample, trained, tmp_path):
     checkpoint['config']['dataset'] = 'elsewhere'
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
     error = run('sample.py', status=1, cwd=tmp_path)
-    assert re.search('put the meta.pkl or tokenizer.json of its data set into .*elsewhere$', error)
+    assert re.search('no tokenizer.json or meta.pkl of that size: put it into .*elsewhere$', error)
 
 
 @pytest.mark.slow
 def test_transformers_folder(sample, tmp_path, bpe):
-    """
-    GPT-2's encoding for a folder without a tokenizer; greedy text as transformers' own, from <|endoftext|>
-    where nothing is given.
+    """GPT-2's encoding for a folder without a tokenizer; greedy text as transformers' own, from
+    <|endoftext|> where nothing is given.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)

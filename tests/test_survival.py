@@ -27,11 +27,11 @@ def load(folder, name='ckpt.pt'):
 
 
 def names(folder):
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {'.lock'}
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != '.lock'}
 
 
 def assert_same_state(a, b):
@@ -54,8 +54,8 @@ def assert_close(a, b):
     """Metrics of two runs with other numbers of ranks, which sum in another order."""
     assert [line['iter'] for line in a] == [line['iter'] for line in b]
     for one, other in zip(a, b, strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
+        assert one.keys() == other.keys() and one['kind'] == other['kind']
+        for key in one.keys() - {'kind'}:
             accuracy = 1e-4 if key == 'grad_norm' else 1e-5
             assert other[key] == pytest.approx(one[key], rel=accuracy), (one['iter'], key)
 
@@ -77,14 +77,13 @@ def test_killed_and_resumed(run, start, tmp_path, dtype):
     assert_same_state(load(tmp_path / 'a'), load(tmp_path / 'b'))
     lines = metrics(tmp_path / 'a')
     assert lines == metrics(tmp_path / 'b') and len(lines) == 24 + 3
-    assert lines[1].keys() == {'iter', 'loss', 'lr', 'grad_norm', 'tokens'}
+    assert lines[1].keys() == {'kind', 'iter', 'loss', 'lr', 'grad_norm', 'tokens'}
     assert lines[-1]['tokens'] == 24 * 4 * 4 * 16
 
 
 @slow
 def test_number_of_ranks(run, tmp_path):
-    """
-    One process, two ranks and four follow one curve: epochs, dropout, evaluations whose batches do not
+    """One process, two ranks and four follow one curve: epochs, dropout, evaluations whose batches do not
     divide, and one of all of val.bin in order. So does a run that changes their number on the way.
     """
     how = [*SMALL, '--gradient_accumulation_steps=4', '--dropout=0.2', '--sampler=epoch', '--eval_iters=3',
@@ -112,9 +111,8 @@ def test_number_of_ranks(run, tmp_path):
 @posix
 @slow
 def test_kills(run, start, tmp_path, request):
-    """
-    SIGKILL at random moments, most of them inside a save: there is always a whole checkpoint, nothing is lost
-    beyond the last save, and the end is that of the run left alone. More with --kills=200.
+    """SIGKILL at random moments, most of them inside a save: there is always a whole checkpoint, nothing is
+    lost beyond the last save, and the end is that of the run left alone. More with --kills=200.
     """
     # large for its 4 tokens an iteration, so that nearly all of the time goes into saving
     kills = request.config.getoption('--kills')
@@ -146,9 +144,8 @@ def test_kills(run, start, tmp_path, request):
 @posix
 @pytest.mark.parametrize('number', [pytest.param(signal.SIGTERM, marks=slow), signal.SIGINT])
 def test_polite_stop(run, start, tmp_path, number):
-    """
-    The unfinished iteration is dropped, the state at its start saved, status 0. The command that is printed
-    goes on as it stands, bit for bit.
+    """The unfinished iteration is dropped, the state at its start saved, status 0. The command that is
+    printed goes on as it stands, bit for bit.
     """
     how = [*SMALL, '--gradient_accumulation_steps=60', '--max_iters=4', '--eval_interval=4', '--dropout=0.2']
     real = number == signal.SIGTERM
@@ -178,9 +175,8 @@ def test_polite_stop(run, start, tmp_path, number):
 @posix
 @slow
 def test_polite_stop_of_ranks(run, start, tmp_path):
-    """
-    SIGTERM to one worker: both agree on an iteration and end with 0. To torchrun: the same, though it reports
-    1 itself. The curve is that of one process left alone, and wandb has each of its points.
+    """SIGTERM to one worker: both agree on an iteration and end with 0. To torchrun: the same, though it
+    reports 1 itself. The curve is that of one process left alone, and wandb has each of its points.
     """
     env = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
     how = [*SMALL, '--dropout=0.2', '--gradient_accumulation_steps=4', '--learning_rate=1e-3']
@@ -210,17 +206,56 @@ def test_polite_stop_of_ranks(run, start, tmp_path):
 
 
 @posix
-def test_second_interrupt_leaves_at_once(start, altered):
+@pytest.mark.parametrize('real', [False, pytest.param(True, marks=slow)])
+def test_second_interrupt_leaves_at_once(start, altered, real):
     """A run that cannot heed the first Ctrl-C, here inside a step that takes a minute, ends at the second."""
     stuck = altered("import model, time\n"
                     "model.GPT.forward = lambda *a, **b: print('forward', flush=True) or time.sleep(60)")
-    process = start(*SMALL, script=stuck)
+    process = start(*SMALL, script=stuck, real=real)
     wait_for(process, 'forward')
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == -signal.SIGINT and 'Traceback' not in process.stdout.read()
+    assert process.wait(20) == -signal.SIGINT
+    assert process.stdout.read() == ''
+
+
+@posix
+@slow
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+@pytest.mark.parametrize('module', [
+    'numpy.exceptions', 'numpy.linalg', 'torch._C', 'torch.nn', 'torch.distributed',
+    'torch.utils.checkpoint'])
+def test_interrupt_while_importing(start, tmp_path, script, module):
+    """Ctrl-C in the seconds before the first line, here once a module has been imported: not a word. What
+    train.py leaves behind is at most its empty folder.
+    """
+    process = start(*(SMALL if script == 'train.py' else []), script=script, real=True,
+                    env={'PYTHONPROFILEIMPORTTIME': '1'})  # a line when an import is complete
+    for line in process.stdout:
+        if line.split('|')[-1].strip() == module:
+            break
+    else:
+        raise AssertionError(f'{script} does not import {module}')
+    process.send_signal(signal.SIGINT)
+    rest = [line for line in process.stdout if not line.startswith('import time:')]
+    assert process.wait(20) == -signal.SIGINT
+    assert ''.join(rest) == ''
+    assert [path for path in tmp_path.rglob('*') if path.is_file() and path.name != '.lock'] == []
+
+
+@posix
+@slow
+@pytest.mark.parametrize('delay', [0.2, 0.4, 0.8, 1.2, 1.6])
+def test_interrupt_at_any_time(start, tmp_path, delay):
+    """Ctrl-C so many seconds after the start, in the imports or behind them: no traceback, no file."""
+    process = start(*SMALL, '--eval_iters=100000', real=True)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    out = process.stdout.read()
+    assert process.wait(20) in (-signal.SIGINT, 0) and 'Traceback' not in out
+    assert {path.name for path in tmp_path.rglob('*') if path.is_file()} <= {'metrics.jsonl', '.lock'}
 
 
 @posix
@@ -260,9 +295,8 @@ def test_rank_that_dies(start, tmp_path):
 # -----------------------------------------------------------------------------
 # what stands in the folder
 
-def test_best_and_last(run, tmp_path):
-    """
-    always_save_checkpoint=False: ckpt.pt stays the best model, last.pt is the newest state while that is
+def test_best_and_last(run, start, tmp_path):
+    """always_save_checkpoint=False: ckpt.pt stays the best model, last.pt is the newest state while that is
     another one, resume takes the newer and says which, and sample.py reads the best. A new run in the folder
     keeps all of the old one under other names.
     """
@@ -288,18 +322,20 @@ def test_best_and_last(run, tmp_path):
         assert {name: found[f'{name}{suffix}'] for name in old} == old
         old = {name: found[name] for name in ('ckpt.pt', 'metrics.jsonl')}
         assert len(found) == (5 if suffix == '.old' else 7) and metrics(tmp_path / 'out')[-1]['iter'] == 2
-    run('train.py', *SMALL, *how, '--max_iters=2', '--learning_rate=3', '--out_dir=worse')
-    assert names(tmp_path / 'worse') == {'last.pt', 'metrics.jsonl'}  # nothing was better than the start
+    process = start(*SMALL, *how, '--max_iters=100000', '--eval_interval=100000', '--out_dir=worse')
+    wait_for(process, 'iter 2:')
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert names(tmp_path / 'worse') == {'last.pt', 'metrics.jsonl'}  # it was not evaluated
     worse = ['--out_dir=worse', '--device=cpu', '--num_samples=1', '--max_new_tokens=20']
     assert run('sample.py', *worse).stdout != text
     out = run('train.py', *again, '--out_dir=worse', '--max_iters=3').stdout
-    assert 'resuming worse/last.pt at iteration 2' in out
+    assert 'resuming worse/last.pt at iteration ' in out
 
 
 def test_torn_metrics(run, tmp_path):
-    """
-    What a killed run wrote behind its last checkpoint, half a line at the end of it, comes again: the lines
-    are those of a run that was left alone.
+    """What a killed run wrote behind its last checkpoint, half a line at the end of it, comes again: the
+    lines are those of a run that was left alone.
     """
     run('train.py', *SMALL, '--max_iters=7', '--out_dir=alone')
     run('train.py', *SMALL)
@@ -307,13 +343,13 @@ def test_torn_metrics(run, tmp_path):
     size = load(tmp_path / 'out')['metrics_bytes']
     whole = path.read_bytes()
     assert 0 < size < len(whole)  # the last evaluation comes behind its checkpoint
-    path.write_bytes(whole + b'{"iter": 5, "loss": 1.0}\n{"iter": 6, "lo')
+    path.write_bytes(whole + b'{"kind": "train", "iter": 5, "loss": 1.0}\n{"kind": "train", "iter": 6, "lo')
     run('train.py', '--init_from=resume', '--max_iters=7', '--device=cpu')
     assert path.read_bytes()[:size] == whole[:size]
     assert metrics(tmp_path / 'out') == metrics(tmp_path / 'alone')
     path.write_bytes(whole[:size // 2])  # one that somebody has cut shorter
     run('train.py', '--init_from=resume', '--max_iters=8', '--device=cpu')
-    assert path.read_bytes().startswith(whole[:size // 2]) and b'{"iter": 7, ' in path.read_bytes()
+    assert path.read_bytes().startswith(whole[:size // 2]) and b'"train", "iter": 7, ' in path.read_bytes()
 
 
 @posix
@@ -328,6 +364,38 @@ def test_two_runs_in_one_folder(run, start, tmp_path):
     process.wait()
     run('train.py', *SMALL, '--max_iters=1')
     assert {name.partition('.')[0] for name in names(tmp_path / 'out')} == {'ckpt', 'metrics'}
+
+
+@posix
+def test_old_checkpoint_until_the_new_one(start, altered, run, tmp_path):
+    """The first save of a new run in an old folder: killed while the new checkpoint goes to the disk, it
+    leaves a whole ckpt.pt there, and all of the old run.
+    """
+    run('train.py', *SMALL)
+    old = contents(tmp_path / 'out')
+    slow = altered("import os, time\nfsync = os.fsync\n"
+                   "os.fsync = lambda *a: print('fsync', flush=True) or time.sleep(60)")
+    for signals in ([signal.SIGKILL], [signal.SIGINT, signal.SIGINT]):
+        process = start(*SMALL, '--seed=1', script=slow, real=True)
+        wait_for(process, 'fsync')
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.3)
+        process.wait()
+        found = contents(tmp_path / 'out')
+        assert found['ckpt.pt'] == old['ckpt.pt'] and old['metrics.jsonl'] in found.values()
+        assert load(tmp_path / 'out')['iter_num'] == 5
+
+
+@posix
+def test_no_links(run, altered, tmp_path):
+    """A file system without hard links: the old checkpoint is renamed."""
+    run('train.py', *SMALL)
+    old = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    without = altered("import os\ndef link(*a):\n    raise OSError(95, 'not supported')\nos.link = link")
+    run(without, *SMALL, '--seed=1')
+    found = contents(tmp_path / 'out')
+    assert found['ckpt.pt.old'] == old != found['ckpt.pt']
 
 
 # -----------------------------------------------------------------------------
@@ -355,9 +423,8 @@ def test_loss_that_is_not_finite(run, tmp_path):
 
 @slow
 def test_loss_of_one_rank_that_is_not_finite(run, altered, tmp_path):
-    """
-    All ranks end, in one line, before rank 0, whose losses are fine, could save. In float16 the gradient does
-    not tell: the scaler takes care of that.
+    """All ranks end, in one line, before rank 0, whose losses are fine, could save. In float16 the gradient
+    does not tell: the scaler takes care of that.
     """
     poisoned = altered('''
 import os, model
@@ -415,8 +482,7 @@ def test_out_dir_that_cannot_be_written(run, tmp_path):
 @posix
 @slow
 def test_metrics_of_others(run, start, tmp_path):
-    """
-    A metrics.jsonl that is removed costs no checkpoint. Beside a checkpoint without metrics, as nanoGPT
+    """A metrics.jsonl that is removed costs no checkpoint. Beside a checkpoint without metrics, as nanoGPT
     leaves it, a new run that is killed before its first save leaves none that resuming would cut in two.
     """
     process = start(*SMALL, '--max_iters=100000', '--eval_interval=100000', '--log_interval=20')
@@ -431,7 +497,7 @@ def test_metrics_of_others(run, start, tmp_path):
     wait_for(process, 'iter 3:')
     process.kill()
     process.wait()
-    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'ckpt.pt', 'metrics.jsonl.part'}
+    assert names(tmp_path / 'out') == {'ckpt.pt', 'metrics.jsonl.part'}
 
 
 @slow

@@ -69,14 +69,13 @@ def test_a_run(run, tmp_path):
         assert theirs.state[p]['exp_avg'].shape == p.shape
     tokenizer = Tokenizer(saved['tokenizer'])
     assert tokenizer.decode(tokenizer.encode('the lazy dog')) == 'the lazy dog'
-    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'ckpt.pt', 'metrics.jsonl'}
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'ckpt.pt', 'metrics.jsonl', '.lock'}
     out = run('train.py', *SMALL, '--eval_only=True', '--out_dir=none').stdout
     assert losses(out) == ({0: steps[0]}, {}) and not (tmp_path / 'none').exists()
 
 
 def test_the_arithmetic(run, house, tmp_path):
-    """
-    A checkpoint of nanoGPT resumes with its optimizer: losses, clipped gradients, schedule and steps are
+    """A checkpoint of nanoGPT resumes with its optimizer: losses, clipped gradients, schedule and steps are
     those of plain PyTorch on the documented windows. The logged loss is the mean over the iteration.
     """
     args = {**SHAPE, 'vocab_size': Tokenizer(read_tokenizer_spec(house / 'data' / 'tiny')).vocab_size}
@@ -129,8 +128,7 @@ def test_the_arithmetic(run, house, tmp_path):
 
 @pytest.mark.parametrize('optimizer', ['adamw', pytest.param('muon', marks=slow)])
 def test_resume_is_exact(run, tmp_path, optimizer):
-    """
-    6 iterations, and 3 followed by 3: every weight and moment equal, with dropout and accumulation. The
+    """6 iterations, and 3 followed by 3: every weight and moment equal, with dropout and accumulation. The
     resumed run needs no key again but the one that changes.
     """
     long = [*SMALL, '--dropout=0.2', '--eval_interval=3', f'--optimizer={optimizer}']
@@ -152,9 +150,8 @@ def test_resume_is_exact(run, tmp_path, optimizer):
 
 
 def test_resume_obeys_the_command_line(run, tmp_path):
-    """
-    The weights keep their shape, a smaller block_size crops them with their moments, what is asked for now
-    holds, and the rest is the checkpoint's: the command line's defaults once ran instead.
+    """The weights keep their shape, a smaller block_size crops them with their moments, what is asked for
+    now holds, and the rest is the checkpoint's: the command line's defaults once ran instead.
     """
     run('train.py', *SMALL, '--beta1=0.85', '--sampler=epoch')
     out = run('train.py', '--device=cpu', '--init_from=resume', '--n_embd=64', '--block_size=8',
@@ -185,9 +182,8 @@ def test_keys_of_the_machine_are_not_resumed(run, tmp_path):
 
 @slow
 def test_best_checkpoint(run, tmp_path):
-    """
-    always_save_checkpoint=False: ckpt.pt is the best model, and last.pt the newest until there is a better
-    one. best_val_loss never rises; in nanoGPT it does.
+    """always_save_checkpoint=False: ckpt.pt is the best model, and last.pt the newest until there is a
+    better one. best_val_loss never rises; in nanoGPT it does.
     """
     worse = [*SMALL, '--learning_rate=0.03', '--decay_lr=False', '--eval_interval=1']
     steps, _ = losses(run('train.py', *worse, '--always_save_checkpoint=False').stdout)
@@ -264,9 +260,8 @@ def test_finetune_transformers_folder(run, house, tmp_path, bpe):
 
 @pytest.mark.parametrize('origin', ['ours', pytest.param('nanogpt', marks=slow)])
 def test_from_a_folder_with_a_checkpoint(run, house, tmp_path, origin):
-    """
-    Its weights, but iteration 0 and fresh moments: fine-tuning one's own model. Data in
-    another encoding would be read as other text, and is refused.
+    """Its weights, but iteration 0 and fresh moments: fine-tuning one's own model. Data in another encoding
+    would be read as other text, and is refused.
     """
     (tmp_path / 'first').mkdir()
     if origin == 'ours':
@@ -288,6 +283,19 @@ def test_from_a_folder_with_a_checkpoint(run, house, tmp_path, origin):
     words = run('train.py', *SMALL, '--init_from=first', '--dataset=bare', status=1)
     assert 'data/bare was prepared with another tokenizer than the one of first' in words
     assert (tmp_path / 'first' / 'ckpt.pt').read_bytes() == before
+
+
+def test_ints_of_nanogpt(run, tmp_path):
+    """nanoGPT's config files may say `dropout = 0`, and its checkpoints then hold an int: the run goes on."""
+    run('train.py', *SMALL)
+    saved = load(tmp_path / 'out')
+    saved['config'].update(dropout=0, weight_decay=0, warmup_iters=2.0)
+    torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
+    words = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=6', status=1)
+    assert words == 'out/ckpt.pt has warmup_iters=2.0: set it to what --help lists\n'
+    how = ['--init_from=resume', '--device=cpu', '--max_iters=6', '--warmup_iters=2']
+    assert 'weight_decay' not in run('train.py', *how).stdout
+    assert load(tmp_path / 'out')['config']['weight_decay'] == 0.0
 
 
 @slow
@@ -354,9 +362,8 @@ model.GPT.forward = spying
 
 
 def test_epoch_of_a_resumed_run(run, house, altered, tmp_path):
-    """
-    Every block of the checkpoint's block_size, once an epoch: they were once counted by the command line's
-    block_size, nanoGPT's 1024, where the checkpoint said 16.
+    """Every block of the checkpoint's block_size, once an epoch: they were once counted by the command
+    line's block_size, nanoGPT's 1024, where the checkpoint said 16.
     """
     folder = house / 'data' / 'positions'
     folder.mkdir(exist_ok=True)
@@ -459,7 +466,7 @@ def test_bench(run, tmp_path):
     out = run('train.py', *small, '--max_iters=2', '--peak_flops=1e9', '--optimizer=muon',
               '--activation_checkpointing=True').stdout
     result = json.loads(out.splitlines()[-1])
-    flops = GPT(GPTConfig(32, 50304, 1, 2, 16, bias=False)).estimate_flops()
+    flops = GPT(GPTConfig(32, 50304, 1, 2, 16, bias=False)).estimate_mfu(1, 32, 1)
     assert result['mfu'] == pytest.approx(result['tokens_per_second'] * flops / 1e9)
     assert 'dataset=None only times training' in run('train.py', *small, '--eval_only=True', status=1)
 

@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import check_vocab_size, write_characters, write_documents  # noqa: E402
-from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
 input = ''                          # a text file in UTF-8, a folder of .txt files, or a glob
 name = 'custom'                     # folder below data/ to write to
@@ -20,7 +17,11 @@ tokenizer = 'char'                  # char: one token per character; gpt2: GPT-2
 vocab_size = 4096                   # of bpe, at most 65536; a small text yields fewer
 num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import check_vocab_size, excepthook, write_characters, write_documents
+from data.tokenizer import Tokenizer, train_bpe
 
+sys.excepthook = excepthook
 folder = HERE.parent / name
 pattern = f'{glob.escape(input)}/**/*.txt' if os.path.isdir(input) else input
 paths = sorted({path for path in [input, *glob.glob(pattern, recursive=True)] if os.path.isfile(path)})

@@ -12,22 +12,23 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import check_texts, in_batches, split_documents, unreadable, write_documents  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
 
 corpus = '10k'                      # 10k or full
 files = ''                          # or a glob of .parquet, .jsonl (field "text") or .txt; .gz, .zst … too
 num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import check_texts, excepthook, in_batches, split_documents, unreadable, write_documents
+from data.tokenizer import Tokenizer
 
+sys.excepthook = excepthook
 if corpus not in ('10k', 'full'):
     sys.exit(f"corpus {corpus!r} is neither 10k nor full")
 if num_workers < 1:
     sys.exit(f"num_workers must be at least 1, not {num_workers}")
 
-import datasets  # noqa: E402
-from pyarrow.dataset import ParquetFragmentScanOptions  # noqa: E402
+import datasets
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 KINDS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text'}
 OPTIONS = {'text': {'sample_by': 'document'},

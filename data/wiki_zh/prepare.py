@@ -12,27 +12,29 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import (  # noqa: E402
-    check_texts,
-    check_vocab_size,
-    in_batches,
-    split_documents,
-    unreadable,
-    write_documents,
-)
-from data.tokenizer import train_bpe  # noqa: E402
 
 input = str(HERE / 'wiki_zh')       # folder of files AA/wiki_00 …, JSON lines with the fields title and text
 vocab_size = 16384                  # of the tokenizer, at most 65536
 num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(HERE.parents[1]))
+import datasets
 
-import datasets  # noqa: E402
+from data.common import (
+    check_texts,
+    check_vocab_size,
+    excepthook,
+    in_batches,
+    split_documents,
+    unreadable,
+    write_documents,
+)
+from data.tokenizer import train_bpe
 
+sys.excepthook = excepthook
 paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
 if not paths:
-    sys.exit(f"no {input}/AA/wiki_00 …: unpack wiki_zh_2019.zip there, see {HERE / 'readme.md'}, "
+    sys.exit(f"no {input}/AA/wiki_00 …: unpack wiki2019zh.zip there, see {HERE / 'readme.md'}, "
              "or name its folder with --input")
 if num_workers < 1:
     sys.exit(f"num_workers must be at least 1, not {num_workers}")

@@ -12,16 +12,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import atomic_write, write_documents  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
 
 corpus = 'wikitext-2-raw-v1'        # or wikitext-103-raw-v1; without -raw rare words are <unk>
 split = 'test'                      # what val.bin holds: test, as papers report it, or valid
 input = ''                          # a folder instead; without train.txt, train.bin holds the other split
 num_workers = os.cpu_count() or 1   # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(HERE.parents[1]))
+from data.common import atomic_write, excepthook, write_documents
+from data.tokenizer import Tokenizer
 
+sys.excepthook = excepthook
 CORPORA = 'wikitext-2-raw-v1', 'wikitext-2-v1', 'wikitext-103-raw-v1', 'wikitext-103-v1'
 if corpus not in CORPORA:
     sys.exit(f"corpus {corpus!r} is none of {', '.join(CORPORA)}")
@@ -32,9 +33,9 @@ if num_workers < 1:
 
 
 def prose(text):
-    """
-    Turns WikiText, with spaces around its punctuation, into English as people write it, which GPT-2 knows.
-    Removes nothing but spaces and the @ around - , . in numbers and words, so the text stays the same.
+    """Turns WikiText, with spaces around its punctuation, into English as people write it, which GPT-2
+    knows. Removes nothing but spaces and the @ around - , . in numbers and words, so the text stays the
+    same.
     """
     text = re.sub(r' @([-,.])@ ', r'\1', text)                             # 1 @,@ 000, role @-@ playing
     text = re.sub(r'(?m)^ ((?:= )+)(.*?)((?: =)+) ?$',                     # headings
