@@ -342,7 +342,7 @@ class GPT(nn.Module):
             return cls.from_checkpoint(folder, **override_args)
         if not hub and not (folder / 'config.json').is_file():
             raise ValueError(f"init_from '{model_type}' is no folder with a checkpoint or a GPT-2 of "
-                             f"transformers, and none of {', '.join(GPT2_SIZES)}")
+                             f"transformers, and no name such as resume, {', '.join(GPT2_SIZES)}")
         from transformers import GPT2LMHeadModel, logging  # takes seconds to import, so only here
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -359,7 +359,7 @@ class GPT(nn.Module):
             raise ValueError(f"cannot read GPT-2 from '{model_type}' ({one_line(error)}): {hint}") from error
         if not readable:
             raise ValueError(f"{folder} holds a {kind}: model.py builds GPT-2's language model only")
-        wrong = set(info['missing_keys']) - {'lm_head.weight'} | set(map(str, info['mismatched_keys']))
+        wrong = set(info['missing_keys']) - {'lm_head.weight'} | {name for name, *_ in info['mismatched_keys']}
         if wrong:  # transformers fills them with random numbers
             raise ValueError(f"{model_type} is not complete: {min(wrong)} is missing or of another shape")
         hf = hf_model.float().config

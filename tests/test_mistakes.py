@@ -12,7 +12,6 @@ import torch
 from conftest import SMALL
 
 slow = pytest.mark.slow
-DATASETS = 'custom, openwebtext, python_char, shakespeare, shakespeare_char, wiki_zh, wikitext'
 
 
 @pytest.fixture
@@ -35,11 +34,11 @@ def cases(quick, *more):
      (['--seed=-1'], 'seed must be at least 0, not -1'),
      (['--block_size=5000'], 'a sequence takes block_size + 1 = 5001: use a smaller --block_size')],
     (['--batch_size=many'], "batch_size takes int, not 'many'"),
-    (['--dataset=shakespear'], f"data/shakespear/train.bin: dataset 'shakespear' is none of {DATASETS}"),
+    (['--dataset=shakespear'], "data/shakespear/train.bin: dataset 'shakespear' is none of "),
     (['--lr_schedule=step'], "lr_schedule takes cosine or linear or wsd, not 'step'"),
     (['--sampler=all'], "sampler takes random or epoch, not 'all'"),
     (['--dtype=float8'], "dtype takes float32 or bfloat16 or float16 or None, not 'float8'"),
-    (['--init_from=resum'], "init_from 'resum' is none of scratch, resume, auto, gpt2, gpt2-medium"),
+    (['--init_from=resum'], "init_from 'resum' is no folder"),
     (['--eval_iters=0'], 'eval_iters must be at least 1, not 0'),
     (['--batch_size=0'], 'batch_size must be at least 1, not 0'),
     (['--max_iters=-1'], 'max_iters must be at least 0, not -1'),
@@ -147,7 +146,7 @@ def test_missing_package(run, altered, tmp_path, script, package, arguments):
     """One that is not installed, at the start or later where it is needed: one line says how to get it."""
     if arguments == ['--out_dir=bare']:  # with GPT-2's encoding
         run('train.py', *SMALL, '--dataset=bare', '--max_iters=1', *arguments)
-    before = sorted(tmp_path.rglob('*.*'))
+    before = [path for path in sorted(tmp_path.rglob('*.*')) if path.name != '.lock']
     without = altered(f'import sys\nsys.modules[{package!r}] = None', script)
     words = run(without, *arguments, status=1)
     assert words == f'import of {package} halted; None in sys.modules: pip install -r requirements.txt\n'
