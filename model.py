@@ -359,7 +359,7 @@ class GPT(nn.Module):
             raise ValueError(f"cannot read GPT-2 from '{model_type}' ({one_line(error)}): {hint}") from error
         if not readable:
             raise ValueError(f"{folder} holds a {kind}: model.py builds GPT-2's language model only")
-        wrong = set(info['missing_keys']) - {'lm_head.weight'} | {name for name, *_ in info['mismatched_keys']}
+        wrong = {*info['missing_keys'], *(name for name, *_ in info['mismatched_keys'])} - {'lm_head.weight'}
         if wrong:  # transformers fills them with random numbers
             raise ValueError(f"{model_type} is not complete: {min(wrong)} is missing or of another shape")
         hf = hf_model.float().config

@@ -106,7 +106,8 @@ def test_pretrained_variants(tmp_path, erf_gpt2):
     save_file(weights, tmp_path / 'shapes' / 'model.safetensors', metadata={'format': 'pt'})
     (tmp_path / 'empty' / 'model.safetensors').unlink()
     for name, words in (('partial', 'not complete: transformer.h.0.mlp.c_fc.weight is missing'),
-                        ('shapes', 'not complete: transformer.h.0.mlp.c_fc.weight is missing or of another'), ('empty', 'is all there'),
+                        ('shapes', 'not complete: transformer.h.0.mlp.c_fc.weight is missing or of another'),
+                        ('empty', 'is all there'),
                         ('missing', 'no name such as resume, gpt2, gpt2-medium')):
         with pytest.raises(ValueError, match=words) as error:
             GPT.from_pretrained(str(tmp_path / name))
