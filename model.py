@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, pos=None, mask=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         q, k, v = qkv                                                       # each (B, H, T, D)
         if cache is not None and pos is None:                               # prefill: x is all there is
             cache[..., :T, :] = qkv[1:]
@@ -102,7 +103,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 class GPT(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -138,8 +138,7 @@ class GPT(nn.Module):
         """The network up to its last norm: idx (B, T) token ids -> (B, T, C). lm_head makes logits of it.
 
         A cache from new_cache keeps keys and values. Without pos idx is read into an empty cache. With pos
-        (T,) idx stands at these positions, behind what the cache holds, and sees what mask (T, length) lets
-        through, None for all.
+        (T,) idx stands there, behind what the cache holds, and sees what mask (T, length) lets through.
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -185,6 +184,8 @@ class GPT(nn.Module):
         """'adamw' decays matrices and embeddings but no bias and no norm, in one fused kernel where PyTorch
         has it. 'muon' is the same but for the matrices of the blocks, which Muon updates.
         """
+        if optimizer not in ('adamw', 'muon'):
+            raise ValueError(f"optimizer must be adamw or muon, not {optimizer!r}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"beta1 and beta2 must be in [0, 1), not {betas[0]} and {betas[1]}")
         params = [p for p in self.parameters() if p.requires_grad]
@@ -334,8 +335,6 @@ class GPT(nn.Module):
         The logits are transformers' own. override_args may hold a dropout. Eval mode. Raises ValueError.
         """
         override_args, folder, hub = override_args or {}, Path(model_type), model_type in GPT2_SIZES
-        if override_args.keys() - {'dropout'}:
-            raise ValueError(f"override_args takes dropout only, not {', '.join(override_args)}")
         if (folder / 'adapter_config.json').exists():
             raise ValueError(f"{folder} holds an adapter of peft: merge it first, with merge_and_unload()")
         if folder.is_file() or (folder / 'ckpt.pt').exists() or (folder / 'last.pt').exists():
@@ -479,7 +478,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             w = weight.to(dtype)
             for i in range(0, N, rows):
                 xc, keep = x[i:i + rows].to(dtype), counted[i:i + rows]     # (n, C), (n,)
-                target = targets[i:i + rows].clamp(min=0)[:, None]          # (n, 1)
+                target = targets[i:i + rows].where(keep, 0)[:, None]        # (n, 1)
                 logits = (xc @ w.T).to(wide)                                # (n, V)
                 lse = logits.logsumexp(-1, keepdim=True)                    # (n, 1)
                 total += ((lse - logits.gather(1, target))[:, 0] * keep).sum()
@@ -520,15 +519,16 @@ class Muon(torch.optim.AdamW):
                 (2.8199, -2.0352, 0.4319), (2.0068, -1.3610, 0.3665))
 
     def __init__(self, groups, **settings):
-        super().__init__([{'parts': 0, **group} for group in groups], **settings)
+        super().__init__(groups, **settings)
         # fused AdamW skips a step with infinite gradients by itself; here the GradScaler has to
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         by_shape = {}                                                       # shape -> all matrices of it
         for group in self.param_groups:
-            for p in group['params'] if group['parts'] else ():
+            for p in group['params'] if group.get('parts') else ():
                 if p.grad is None:
                     continue
                 state = self.state[p]
@@ -550,6 +550,7 @@ class Muon(torch.optim.AdamW):
             for w, u, lr in zip(weights, self.orthogonal(updates), rates, strict=True):
                 w.add_(u, alpha=-lr * 0.2 * math.sqrt(m))                   # 0.2 is about AdamW's RMS
         super().step()
+        return loss
 
     @classmethod
     def orthogonal(cls, x):
@@ -602,9 +603,12 @@ def read_checkpoint(path, needed=()):
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train first, or name the folder with --out_dir")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file fails in a dozen ways
-        raise ValueError(f"cannot read {path}, truncated or not a checkpoint ({one_line(error)})") from error
+        raise ValueError(f"cannot read {path}, damaged or not a checkpoint ({one_line(error)})") from error
     for key in ('model', 'model_args', *needed):
         if not isinstance(checkpoint, dict) or key not in checkpoint:
             raise ValueError(f"{path} is no whole checkpoint of train.py: it lacks {key!r}")
@@ -647,9 +651,7 @@ def choose_device(device, dtype, local_rank=0):
     return device, dtype
 
 def compile_method(model, name, call, **options):
-    """Compiles a method of the model in place and tries it by call(). Returns None, or where the compiler is
-    missing or fails the line that tells so, with the method eager again.
-    """
+    """Compiles a method in place and tries it by call(). Returns None, or the line why it is eager again."""
     try:
         setattr(model, name, torch.compile(getattr(model, name), **options))
         call()

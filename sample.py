@@ -56,7 +56,7 @@ try:
     elif start == '-':
         start = sys.stdin.read()
     start = start.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
-    prompt = tokenizer.encode(start) or [tokenizer.bos]
+    prompt = tokenizer.encode(start if start != '\n' or tokenizer.kind != 'char' else '') or [tokenizer.bos]
 except UnicodeDecodeError as error:
     sys.exit(f"--start={start}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
 except (ValueError, OSError) as error:

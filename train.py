@@ -88,14 +88,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.common import atomic_write
+from data.common import atomic_write, set_aside
 from data.tokenizer import Tokenizer, read_tokenizer_spec
 from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_flops_of, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # The process: its place among the ranks, what it prints and records, how it ends
 PROJECT = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
-distributed = 'RANK' in os.environ      # set by torchrun
+distributed = 'LOCAL_RANK' in os.environ  # set by torchrun, with the others
 rank, local_rank, world_size = (int(os.environ[name]) if distributed else alone for name, alone in
                                 (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 master_process = rank == 0              # prints and saves
@@ -209,7 +209,7 @@ def excepthook(kind, error, trace):
     ours = Path(last.filename).resolve().parent in (ROOT, ROOT / 'data') and last.line.startswith('raise ')
     if distributed and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
         fail(f"rank {rank}: lost the other ranks, go on with --init_from=resume ({one_line(error)})")
-    elif isinstance(error, torch.OutOfMemoryError):
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         fail(f"out of memory on {device}: halve --batch_size, double --gradient_accumulation_steps")
     elif isinstance(error, BrokenPipeError):  # python train.py … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -261,9 +261,18 @@ def lock_out_dir():
     return lock
 
 def newest_checkpoint():
-    """(checkpoint, path) of ckpt.pt or last.pt, whichever has the larger iter_num."""
+    """(checkpoint, path) of ckpt.pt or last.pt, whichever has the larger iter_num; damaged ones are named."""
     needed = ('iter_num', 'best_val_loss', 'config', *(() if eval_only else ('optimizer',)))
-    read = {path: read_checkpoint(path, needed) for path in found or [ckpt_path]}
+    read, errors = {}, []
+    for path in found or [ckpt_path]:
+        try:
+            read[path] = read_checkpoint(path, needed)
+        except ValueError as error:
+            errors.append(error)
+    if not read:
+        raise errors[0]
+    for error in errors:
+        log.line(str(error))
     path = max(read, key=lambda path: read[path]['iter_num'])
     return read[path], path
 
@@ -586,26 +595,15 @@ def save_checkpoint(best=False):
              'wandb_id': log.wandb_run and log.wandb_run.id}
     with atomic_write(path) as f:  # a kill leaves the old or the new one, complete
         torch.save(state, f)
-        if first_save:
-            set_earlier_run_aside(path)
+        if first_save:  # files of an earlier run in this folder are kept
+            earlier = {ckpt_path, last_path, metrics_path} - {log.metrics_path}
+            for old, kept in set_aside(sorted(earlier), path).items():
+                log.line(f"{old} of an earlier run is kept as {kept}")
+            if log.metrics_path != metrics_path:
+                os.replace(log.metrics_path, metrics_path)
+            log.metrics_path = metrics_path
     if path == ckpt_path:
         Path(last_path).unlink(missing_ok=True)  # older now
-
-def set_earlier_run_aside(new_path):
-    """The first save of a new run: files of an earlier one in this folder are kept as NAME.old, .old1 …"""
-    earlier = [path for path in (ckpt_path, last_path, metrics_path)
-               if os.path.exists(path) and path != log.metrics_path]
-    suffix = next(f".old{n or ''}" for n in range(10 ** 6)
-                  if not any(os.path.exists(f"{path}.old{n or ''}") for path in earlier))
-    for path in earlier:
-        try:  # what the new checkpoint will replace stays until then: a link needs no time
-            (os.link if path == new_path else os.replace)(path, path + suffix)
-        except OSError:  # a file system without links
-            os.replace(path, path + suffix)
-        log.line(f"{path} of an earlier run is kept as {path}{suffix}")
-    if os.path.exists(log.metrics_path):
-        os.replace(log.metrics_path, metrics_path)
-    log.metrics_path = metrics_path
 
 def stop_votes():
     """Yields, before each iteration, whether all ranks stop there."""

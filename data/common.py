@@ -26,8 +26,7 @@ def excepthook(kind, error, trace):
     if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
         print("interrupted: the data is not complete", file=sys.stderr)
     elif issubclass(kind, OSError):
-        reason = error.strerror or error
-        print(f"{error.filename}: {reason}" if error.filename else reason, file=sys.stderr)
+        print(f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
     else:
         default_excepthook(kind, error, trace)
 
@@ -43,6 +42,18 @@ def atomic_write(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+def set_aside(paths, replaced):
+    """Renames files to NAME.old, or .old1 …, and returns {path: new path}. `replaced` stays until it is."""
+    paths = [path for path in paths if os.path.exists(path)]
+    suffix = next(f".old{n or ''}" for n in range(10 ** 6)
+                  if not any(os.path.exists(f"{path}.old{n or ''}") for path in paths))
+    for path in paths:
+        try:
+            (os.link if path == replaced else os.replace)(path, path + suffix)
+        except OSError:  # a file system without links
+            os.replace(path, path + suffix)
+    return {path: path + suffix for path in paths}
 
 def download(url, sha256, path):
     """Returns the bytes of the file at path, fetched from url if it is not there. Checks their SHA-256."""
@@ -128,7 +139,9 @@ def write_bins(folder, tokenizer, train, val):
 def write_characters(folder, train, val):
     """Writes two texts as character ids to train.bin and val.bin, and their alphabet to meta.pkl."""
     alphabet = sorted(set(train) | set(val))
-    print(f"{len(train) + len(val):,} characters, {len(alphabet)} different: {''.join(alphabet)!r}")
+    line = f"{len(train) + len(val):,} characters, {len(alphabet)} different: {''.join(alphabet)!r}"
+    console = sys.stdout.encoding or 'utf-8'  # may lack some of them
+    print(line.encode(console, errors='replace').decode(console))
     codes = [np.frombuffer(text.encode('utf-32-le'), '<u4') for text in (''.join(alphabet), train, val)]
     write_bins(folder, char_tokenizer(alphabet), *([np.searchsorted(codes[0], text)] for text in codes[1:]))
 

@@ -7,13 +7,14 @@ How text becomes token ids and back, in three kinds. A file in the folder of the
 
 A tokenizer_spec says the same in a dict of plain values, so that a checkpoint can hold it.
 """
+import io
 import json
 import pickle
 from pathlib import Path
 
 EOT = '<|endoftext|>'
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):  # the one in C allocates what 48 bytes of a file tell it to: 5 GB
     """Reads containers, strings and numbers only, so that loading a file cannot call functions."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}: plain values only")
@@ -29,8 +30,7 @@ def read_tokenizer_spec(folder):
         return {'kind': 'gpt2'}
     try:
         if path.name == 'meta.pkl':
-            with open(path, 'rb') as f:
-                found = PlainUnpickler(f).load()
+            found = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
             return {'kind': 'char', **{k: found[k] for k in ('vocab_size', 'stoi', 'itos') if k in found}}
         text = path.read_text('utf-8', errors='replace')
         model = json.loads(text)['model']
@@ -42,9 +42,8 @@ def read_tokenizer_spec(folder):
 
 class Tokenizer:
     """encode(text) returns ids, decode(ids) returns text. `vocab_size` counts the ids in use, `eot` is the
-    id that ends a document (None for characters), `bos` the id to start from when there is no text. With
-    ordinary=True, as for training data, <|endoftext|> in a text is encoded as its thirteen characters.
-    Raises ValueError for a bad spec or text, OSError if GPT-2's BPE cannot be downloaded.
+    id that ends a document (None for characters), `bos` the one to start from without a text. ordinary=True,
+    as for training data: <|endoftext|> in a text is thirteen characters. Raises ValueError, ConnectionError.
     """
     def __init__(self, spec, ordinary=False):
         self.spec, self.kind, self.ordinary = spec, spec['kind'], ordinary
@@ -60,6 +59,8 @@ class Tokenizer:
             except Exception as error:  # the library raises plain Exception
                 raise ValueError(f"cannot read tokenizer.json ({one_line(error)})") from error
             self.bpe.encode_special_tokens = ordinary
+            self.bpe.no_padding()  # whatever the file asks for
+            self.bpe.no_truncation()
             self.vocab_size, self.eot = self.bpe.get_vocab_size(), self.bpe.token_to_id(EOT)
             self.bos = self.eot or 0
         else:
@@ -96,8 +97,7 @@ class Tokenizer:
 
     def reads_like(self, other):
         """Whether every id has the same text in both tokenizers."""
-        texts = [[t.decode([i]) for i in range(t.vocab_size)] for t in (self, other)]
-        return texts[0] == texts[1]
+        return len({tuple(t.decode([i]) for i in range(t.vocab_size)) for t in (self, other)}) == 1
 
     def files(self):
         """The file that read_tokenizer_spec reads, as {name: bytes}; empty for GPT-2's BPE."""

@@ -563,3 +563,29 @@ def test_wikitext_2(run, house, bpe):
         squeezed = [re.sub(r'\s', '', re.sub(r' @(.)@ ', r'\1', text)) for text in (original, ours)]
         assert squeezed[0] == squeezed[1] and ours.count('\n') == original.count('\n')
         assert len(ours) < 0.97 * len(original)
+
+
+def test_small_files_that_ask_for_memory(tmp_path):
+    """A meta.pkl of a few bytes, with a memo index of 300 million; a tokenizer.json that pads every text."""
+    import resource
+
+    from data.tokenizer import Tokenizer, read_tokenizer_spec, train_bpe
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r' + (300_000_000).to_bytes(4, 'little') + b'.')
+    assert read_tokenizer_spec(tmp_path) == {'kind': 'char'}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    spec = json.loads(train_bpe(['the quick brown fox'], 300).spec['json'])
+    spec['padding'] = {'strategy': {'Fixed': 1000}, 'direction': 'Right', 'pad_to_multiple_of': None,
+                       'pad_id': 0, 'pad_type_id': 0, 'pad_token': '<|endoftext|>'}
+    spec['truncation'] = {'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst', 'stride': 0}
+    tokenizer = Tokenizer({'kind': 'bpe', 'json': json.dumps(spec)})
+    assert tokenizer.decode(tokenizer.encode('the quick')) == 'the quick'
+
+
+def test_console_without_the_alphabet(run, house, tmp_path):
+    """A console that cannot print some characters gets '?' for them, and the data set is whole."""
+    (tmp_path / 'book.txt').write_text('床前明月光，疑是地上霜。' * 99, encoding='utf-8')
+    how = ['--input=book.txt', '--name=moon']
+    out = run('data/custom/prepare.py', *how, env={'PYTHONIOENCODING': 'ascii'}, real=True).stdout
+    assert '1,188 characters, 12 different: ' in out and '?' in out
+    assert len(np.fromfile(house / 'data' / 'moon' / 'train.bin', '<u2')) == 1069

@@ -86,10 +86,10 @@ def test_meta(run, house):
 
 
 @pytest.mark.parametrize('damage, words', cases(
-    [(lambda path: path.write_bytes(path.read_bytes()[:-2000]), 'truncated or not a checkpoint')],
-    (lambda path: path.write_bytes(b''), 'truncated or not a checkpoint'),
-    (lambda path: path.write_text('not a checkpoint at all'), 'truncated or not a checkpoint'),
-    (lambda path: path.write_bytes(random.Random(7).randbytes(1000)), 'truncated or not a checkpoint'),
+    [(lambda path: path.write_bytes(path.read_bytes()[:-2000]), 'damaged or not a checkpoint')],
+    (lambda path: path.write_bytes(b''), 'damaged or not a checkpoint'),
+    (lambda path: path.write_text('not a checkpoint at all'), 'damaged or not a checkpoint'),
+    (lambda path: path.write_bytes(random.Random(7).randbytes(1000)), 'damaged or not a checkpoint'),
     (lambda path: torch.save({'weights': 1}, path), "whole checkpoint of train.py: it lacks 'model'\n"),
     (lambda path: torch.save([1], path), "whole checkpoint of train.py: it lacks 'model'\n"),
     (lambda path: torch.save({'model': [1], 'model_args': None}, path), 'checkpoint '),
@@ -225,3 +225,15 @@ def test_tokenizer_files(run, house, trained, tmp_path):
     checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
     torch.save({**checkpoint, 'optimizer': {}}, tmp_path / 'out' / 'ckpt.pt')
     assert 'another --optimizer' in run('train.py', *SMALL, '--init_from=resume', status=1)
+
+
+def test_rank_in_the_environment(run):
+    """RANK alone, of another tool, is not torchrun."""
+    out = run('train.py', *SMALL, '--max_iters=1', env={'RANK': '0'}).stdout
+    assert 'processes' not in out and 'best val loss' in out
+
+
+def test_no_memory(run):
+    """On a CPU too it is one line."""
+    words = run('train.py', *SMALL, '--batch_size=10000000000000', status=1)
+    assert words.startswith('out of memory on cpu: halve --batch_size')

@@ -6,6 +6,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -759,7 +760,7 @@ def test_muon_groups():
     kinds = [lambda n: n.endswith('c_attn.weight'), lambda n: n.endswith(('c_proj.weight', 'c_fc.weight')),
              lambda n: n.endswith(('wte.weight', 'wpe.weight')), lambda n: n.endswith('bias') or '.ln_' in n]
     assert all(group and all(map(kind, group)) for group, kind in zip(groups, kinds, strict=True))
-    settings = [(group['parts'], group['weight_decay']) for group in muon.param_groups]
+    settings = [(group.get('parts', 0), group['weight_decay']) for group in muon.param_groups]
     assert settings == [(3, 0.1), (1, 0.1), (0, 0.1), (0, 0.0)]
 
 
@@ -954,13 +955,67 @@ def test_which_file_of_a_folder(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ('', '')
 
 
+def test_flipped_bits(tmp_path):
+    """Not a bit of what is read can flip unnoticed: torch.load alone reads most such files in silence."""
+    net, path = GPT(GPTConfig(8, 40, 1, 2, 16)), tmp_path / 'ckpt.pt'
+    torch.save({'model': net.state_dict(), 'model_args': vars(net.config), 'iter_num': 7}, path)
+    whole, rng, noticed = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(60):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        try:
+            found = read_checkpoint(path)
+        except ValueError:
+            noticed += 1
+        else:  # between the members, or a date or an attribute of one
+            assert found['iter_num'] == 7 and found['model_args'] == vars(net.config)
+            assert all(torch.equal(p, found['model'][name]) for name, p in net.state_dict().items())
+    assert noticed >= 30
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match='cannot read .*damaged or not a checkpoint'):
+            read_checkpoint(path)
+
+
+def test_optimizers_as_of_pytorch():
+    """Muon takes a closure and further groups as every optimizer does. There are two of them."""
+    net, x = GPT(GPTConfig(8, 40, 1, 2, 16)), tokens(2, 8, high=40)
+    with pytest.raises(ValueError, match="adamw or muon, not 'adam'"):
+        net.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', 'adam')
+    optim = net.configure_optimizers(0.0, 1e-3, (0.9, 0.95), 'cpu', 'muon')
+    more = torch.nn.Parameter(torch.ones(3))
+    optim.add_param_group({'params': [more], 'weight_decay': 0.0})
+
+    def closure():
+        optim.zero_grad()
+        loss = net(x, x)[1] + more.sum()
+        loss.backward()
+        return loss
+    losses = [optim.step(closure).item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[4] + 0.01 and more.max() < 1
+
+
+def test_targets_that_are_none():
+    """-1 is no target; another negative number is an error, as in F.cross_entropy, not class 0."""
+    net, x = GPT(GPTConfig(8, 40, 1, 2, 16)), tokens(2, 8, high=40)
+    for return_logits in (True, False):
+        with pytest.raises((IndexError, RuntimeError), match='out of bounds'):
+            net(x, torch.full_like(x, -100), return_logits=return_logits)
+
+
+def test_empty_batch():
+    net = GPT(GPTConfig(8, 40, 1, 2, 16)).eval()
+    assert net.generate(torch.zeros(0, 3, dtype=torch.long), 7).shape == (0, 10)
+
+
 def test_damaged_checkpoints(tmp_path):
     """Each gets one line that names the file or what is wrong in it."""
     net, p, args = tiny()
     good = {'model': net.state_dict(), 'model_args': args}
     torch.save(good, path := tmp_path / 'ckpt.pt')
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match='cannot read .*ckpt.pt, truncated') as error:
+    with pytest.raises(ValueError, match='cannot read .*ckpt.pt, damaged') as error:
         GPT.from_checkpoint(path)
     assert '\n' not in str(error.value)
     for content, words in ((net.state_dict(), "ckpt.pt is no whole checkpoint of train.py: it lacks 'model'"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference import gpt_logits
 
-from data.tokenizer import Tokenizer, read_tokenizer_spec, train_bpe
+from data.tokenizer import Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
 from model import GPT, GPTConfig, read_checkpoint
 
 END = '---------------\n'
@@ -96,6 +96,16 @@ def test_memory_splits_the_batch(sample, house):
         got = sample('--max_new_tokens=30', *how)
         assert len(got) == n and sample('--max_new_tokens=30', *how, script='short.py') == got
         assert f"prefill {3 if n == 9 else 1} tokens in" in sample.err  # of one token each
+
+
+def test_alphabet_without_a_newline(run, tmp_path):
+    """The command that train.py prints has the default prompt, a newline: such a model starts from id 0."""
+    net = GPT(GPTConfig(16, 3, 1, 1, 8))
+    torch.save({'model': net.state_dict(), 'model_args': vars(net.config), 'iter_num': 1, 'config': {},
+                'tokenizer': char_tokenizer('abc').spec}, tmp_path / 'ckpt.pt')
+    how = ['--out_dir=.', '--device=cpu', '--num_samples=1', '--max_new_tokens=9']
+    assert re.fullmatch(r'\n[abc]{9}\n-+\n', run('sample.py', *how).stdout)
+    assert "does not know the character '\\n'" in run('sample.py', *how, '--start=a\nb', status=1)
 
 
 def test_folder_with_a_checkpoint(run, tmp_path, trained):

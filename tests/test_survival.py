@@ -366,6 +366,26 @@ def test_two_runs_in_one_folder(run, start, tmp_path):
     assert {name.partition('.')[0] for name in names(tmp_path / 'out')} == {'ckpt', 'metrics'}
 
 
+def test_damaged_checkpoint(run, tmp_path):
+    """resume leaves out a damaged file and says so; if there is no other, that is the error."""
+    how = ['--decay_lr=False', '--eval_interval=2', '--always_save_checkpoint=False']
+    run('train.py', *SMALL, *how, '--max_iters=4')
+    again = ['--init_from=auto', '--device=cpu', '--learning_rate=3']
+    run('train.py', *again, '--max_iters=6')
+    last = tmp_path / 'out' / 'last.pt'
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 4
+    last.write_bytes(data)
+    out = run('train.py', *again, '--max_iters=6').stdout
+    assert out.startswith('cannot read out/last.pt, damaged or not a checkpoint (ValueError: archive/data/')
+    assert 'resuming out/ckpt.pt at iteration 4' in out
+    (tmp_path / 'out' / 'ckpt.pt').write_bytes(data)
+    last.unlink(missing_ok=True)
+    words = run('train.py', *again, status=1)
+    assert words.startswith('cannot read out/ckpt.pt, damaged or not a checkpoint')
+    assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == data
+
+
 @posix
 def test_old_checkpoint_until_the_new_one(start, altered, run, tmp_path):
     """The first save of a new run in an old folder: killed while the new checkpoint goes to the disk, it
