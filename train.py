@@ -556,12 +556,14 @@ def train_step(iter_num):
             torch.manual_seed(int(rng('dropout', iter_num, micro_step).integers(2 ** 63)))
         with autocast:
             loss = ddp_model(X, Y, return_logits=False)[1]
-        scaler.scale(loss * (world_size / gradient_accumulation_steps)).backward()
+        scaler.scale(loss * (1 / gradient_accumulation_steps)).backward()
         loss_sum += loss.detach()
         following = iter_num * gradient_accumulation_steps + micro_step + world_size
         get_batch('train', *divmod(following, gradient_accumulation_steps))  # while the device works
         if stop_requested and not distributed:
             return None, None
+    if distributed:  # DDP has averaged; losses times world_size would have overflowed float16 sooner
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], world_size)
     scaler.unscale_(optim)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optim)

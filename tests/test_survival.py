@@ -105,6 +105,21 @@ def test_number_of_ranks(run, tmp_path):
     assert len(metrics(tmp_path / 'one')) == 40 + 5
 
 
+@slow
+def test_float16_on_four_ranks(run, altered, tmp_path):
+    """Gradients overflow at the same scale of the GradScaler whatever the number of ranks: one curve, but for
+    float16's rounding.
+    """
+    script = altered("import functools, torch\ntorch.amp.GradScaler = functools.partial("
+                     "torch.amp.GradScaler, init_scale=2.0 ** 22)")
+    how = [*SMALL, '--gradient_accumulation_steps=4', '--dtype=float16', '--max_iters=4']
+    losses = []
+    for out_dir, ranks in (('one', 0), ('four', 4)):
+        run(script, *how, f'--out_dir={out_dir}', ranks=ranks)
+        losses.append([line['loss'] for line in metrics(tmp_path / out_dir) if line['kind'] == 'train'])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 # -----------------------------------------------------------------------------
 # kills and stops
 
