@@ -225,8 +225,7 @@ class GPT(nn.Module):
             if not isinstance(module, nn.Linear) or module.weight is None:
                 continue
             if pack:
-                # 16 is the number of rows to lay out for; fewer and more work too
-                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # 16 rows, about
                 module.forward = partial(packed_linear, weight, module.bias)
                 module.weight = None                                        # not kept twice
             elif dtype != torch.float32:
@@ -335,6 +334,8 @@ class GPT(nn.Module):
         The logits are transformers' own. override_args may hold a dropout. Eval mode. Raises ValueError.
         """
         override_args, folder, hub = override_args or {}, Path(model_type), model_type in GPT2_SIZES
+        if override_args.keys() - {'dropout'}:
+            raise ValueError(f"override_args takes dropout only, not {', '.join(override_args)}")
         if (folder / 'adapter_config.json').exists():
             raise ValueError(f"{folder} holds an adapter of peft: merge it first, with merge_and_unload()")
         if folder.is_file() or (folder / 'ckpt.pt').exists() or (folder / 'last.pt').exists():
@@ -513,8 +514,7 @@ class Muon(torch.optim.AdamW):
     """
     MOMENTUM = 0.95
     # Quintics a x + b x^3 + c x^5, each the nearest to 1 on the range that the one before maps [0.002, 1] to
-    # (Polar Express, Amsel et al. 2025, arXiv:2505.16932). They were computed for ranges wider by 2 %, since
-    # bfloat16's rounding errors explode without. After the last one the singular values are in [0.97, 1.03].
+    # (Polar Express, Amsel et al. 2025, arXiv:2505.16932), with 2 % of room: bfloat16 explodes without.
     QUINTICS = ((8.0925, -22.1470, 15.6075), (3.9801, -2.7677, 0.4956), (3.6855, -2.6515, 0.4964),
                 (2.8199, -2.0352, 0.4319), (2.0068, -1.3610, 0.3665))
 

@@ -95,7 +95,7 @@ from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_
 # -----------------------------------------------------------------------------
 # The process: its place among the ranks, what it prints and records, how it ends
 PROJECT = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
-distributed = 'LOCAL_RANK' in os.environ  # set by torchrun, with the others
+distributed = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= set(os.environ)  # set by torchrun
 rank, local_rank, world_size = (int(os.environ[name]) if distributed else alone for name, alone in
                                 (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 master_process = rank == 0              # prints and saves
