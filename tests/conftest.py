@@ -4,7 +4,7 @@ Some need files that a machine without a network gets by hand:
     TINYSHAKESPEARE=…/input.txt         tiny Shakespeare
     TIKTOKEN_CACHE_DIR=…                GPT-2's BPE files as tiktoken caches them
     WIKITEXT=…                          a folder with valid.txt and test.txt of WikiText-2
-`pytest -m "not slow"` runs a minute's selection.
+`pytest -m "not slow"` runs a minute's selection. `pytest --machines tests/test_machines.py` makes two hosts.
 """
 import ast
 import atexit
@@ -47,6 +47,11 @@ SMALL = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_emb
 
 def pytest_addoption(parser):
     parser.addoption('--kills', type=int, default=8, help='how often test_kills kills a run')
+    parser.addoption('--machines', action='store_true', help='two hosts as network namespaces, 80 seconds')
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if collection_path.name == 'test_machines.py' and not config.getoption('--machines') else None
 
 
 def pytest_configure(config):
