@@ -117,6 +117,13 @@ def test_pages_agree():
     assert set(re.findall(number, english)) == set(re.findall(number, chinese))
 
 
+def test_line_count():
+    """The first figure of the first table is what wc -l says of the four scripts."""
+    lines = sum((ROOT / name).read_text(encoding='utf-8').count('\n')
+                for name in ('model.py', 'train.py', 'sample.py', 'configurator.py'))
+    assert f'| lines in the four scripts | 802 | {lines:,} |' in PAGES['README.md']
+
+
 @pytest.mark.parametrize('page', PAGES)
 def test_links(page):
     """Files and headings that a page links to are there, and every figure has been filled in."""
