@@ -225,7 +225,7 @@ class GPT(nn.Module):
             if not isinstance(module, nn.Linear) or module.weight is None:
                 continue
             if pack:
-                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # 16 rows, about
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # for 16 rows
                 module.forward = partial(packed_linear, weight, module.bias)
                 module.weight = None                                        # not kept twice
             elif dtype != torch.float32:
