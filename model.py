@@ -1,8 +1,6 @@
 """
-GPT-2 in one file: the network, its loss, optimizers, the KV cache and sampling, weights in and out.
-
-The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
-(https://github.com/openai/gpt-2), with parameter names as in nanoGPT, so that checkpoints go both ways.
+GPT-2 (Radford et al. 2019, https://github.com/openai/gpt-2) in one file: the network, its loss, optimizers,
+the KV cache and sampling, weights in and out, with nanoGPT's parameter names: checkpoints go both ways.
 
 Letters in shapes: B batch, T time (tokens), C n_embd, H n_head, D = C / H, V vocab_size.
 Errors that a user can cause are ValueErrors or OSErrors whose text is one line and says what to do.
@@ -26,8 +24,7 @@ ACTIVATIONS = {'gelu': 'none', 'gelu_tanh': 'tanh'}  # our name -> F.gelu's `app
 # transformers' name -> ours; of several names for one function the first rounds as ours does
 HF_ACTIVATIONS = {'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh',
                   'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh', 'gelu_accurate': 'gelu_tanh'}
-# the weights that transformers, like OpenAI, stores transposed
-HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # in transformers, as in OpenAI's files
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M parameters
 LOSS_CHUNK = 2 ** 26  # logits that the chunked loss holds at a time: 256 MiB in float32
 
@@ -174,8 +171,7 @@ class GPT(nn.Module):
         if not 0 < block_size <= self.config.block_size:
             raise ValueError(f"block_size {block_size} is not within the model's {self.config.block_size}")
         self.config.block_size = block_size
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     # -------------------------------------------------------------------------
     # training
@@ -290,17 +286,17 @@ class GPT(nn.Module):
         return torch.cat((idx.expand(new[0].size(0), -1), *new), dim=1) if new else idx
 
     # -------------------------------------------------------------------------
-    # weights in
+    # weights in and out
 
     @classmethod
     def from_weights(cls, config, weights):
-        """The model around these tensors, in float32 and eval mode. RuntimeError where they do not fit."""
+        """A model with copies of these tensors, in float32 and eval mode. Errors where they do not fit."""
+        if config.n_layer > len(weights):  # before building takes its time
+            raise ValueError(f"{config.n_layer} layers, but {len(weights)} weights")
         with NoInit():
             model = cls(config)
-        # contiguous, because fused AdamW on a CPU writes by memory order, whatever the strides of a file are
-        model.load_state_dict({name: p.contiguous() for name, p in weights.items()}, assign=True)
-        model.transformer.wte.weight = model.lm_head.weight
-        return model.float().eval()
+        model.load_state_dict(weights)
+        return model.eval()
 
     @classmethod
     def from_checkpoint(cls, checkpoint, dropout=None):
@@ -388,9 +384,6 @@ class GPT(nn.Module):
             model.tokenizer_source = folder
         return model
 
-    # -------------------------------------------------------------------------
-    # and out
-
     def tokenizer(self):
         """The model's Tokenizer (data/tokenizer.py). Raises ValueError where its weights came without one."""
         from data.tokenizer import Tokenizer, read_tokenizer_spec  # here, so that model.py also works alone
@@ -461,7 +454,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     x (N, C), weight (V, C), targets (N,) with -1 for positions that do not count -> loss (), float32 or
     wider. dtype is that of the products, with_grad tells whether gradients will be needed.
     """
-
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):
         N, V = x.size(0), weight.size(0)
@@ -598,6 +590,9 @@ def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
 # -----------------------------------------------------------------------------
 # checkpoints and the machine at hand
 
+CHECKPOINT_TYPES = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
+                    'scaler': dict, 'iter_num': int, 'rewinds': int, 'metrics_bytes': int}
+
 def read_checkpoint(path, needed=()):
     """ckpt.pt as a dict of plain values and CPU tensors. Executes nothing in the file. Raises ValueError."""
     if not Path(path).is_file():
@@ -607,11 +602,16 @@ def read_checkpoint(path, needed=()):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        for key, kind in CHECKPOINT_TYPES.items():
+            value = checkpoint.get(key, None if key in ('model', 'model_args', *needed) else kind())
+            if not isinstance(value, kind) or kind is int and value < 0:
+                raise TypeError(f"it lacks {key!r}, or has {value!r:.40} there")
+        checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', math.inf))  # nanoGPT: a tensor
+        weights = checkpoint['model'].values()
+        if sum(p.nbytes for p in weights) > 2 * os.path.getsize(path) or any(p.is_complex() for p in weights):
+            raise ValueError("weights that are complex, or views of a few numbers")
     except Exception as error:  # a damaged file fails in a dozen ways
         raise ValueError(f"cannot read {path}, damaged or not a checkpoint ({one_line(error)})") from error
-    for key in ('model', 'model_args', *needed):
-        if not isinstance(checkpoint, dict) or key not in checkpoint:
-            raise ValueError(f"{path} is no whole checkpoint of train.py: it lacks {key!r}")
     return checkpoint
 
 def one_line(error):

@@ -3,10 +3,8 @@ Train a GPT from scratch, resume a run, or fine-tune GPT-2.
 
 One process, on whatever the machine has:
     python train.py config/train_shakespeare_char.py --batch_size=32
-One machine with 8 GPUs:
+One machine with 8 GPUs (for several machines see assets/notes.md):
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-Two machines with 8 GPUs each, the first at 10.0.0.1; on the second --node_rank=1:
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train.py
 """
 from __future__ import annotations  # the configurator reads annotations as text
 
@@ -18,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +27,6 @@ ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
 # The keys and their defaults: GPT-2 124M on OpenWebText, half a million tokens an iteration
-# output
 out_dir = 'out'                         # folder of the checkpoints, relative to the working directory
 eval_interval = 2000                    # iterations between evaluations, after which a checkpoint is saved
 checkpoint_interval = 0                 # iterations between further checkpoints, 0 for none
@@ -37,25 +34,23 @@ log_interval = 1                        # iterations between log lines
 eval_iters: int | None = 200            # micro-batches per evaluation and split; None: val.bin once, in order
 eval_only = False                       # evaluate once and exit
 always_save_checkpoint = True           # False: ckpt.pt is the best model so far, last.pt the newest state
+keep_checkpoints = 1                    # ckpt.pt and, as ckpt-ITERATION.pt, those that were it before
+rewind = False                          # go back to ckpt.pt and on with other batches if the loss explodes
 init_from = 'scratch'                   # resume, auto (resume if possible), gpt2 … gpt2-xl, or a folder
 seed = 1337                             # of weights, batches and dropout
-# wandb
 wandb_log = False                       # report to Weights & Biases too
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
-# data
 dataset: str | None = 'openwebtext'     # a folder of data/; None: random tokens, to time the loop
 sampler: Literal['random', 'epoch'] = 'random'  # windows at random places, or every block once an epoch
 gradient_accumulation_steps = 5 * 8     # micro-batches per iteration, over all processes together
 batch_size = 12                         # sequences per micro-batch
 block_size = 1024                       # tokens per sequence
-# model
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0                           # 0 for pretraining; for fine-tuning and small data try 0.1 and up
 bias = False                            # biases in the linear layers and norms
-# optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
 learning_rate = 6e-4                    # peak
 max_iters = 600000                      # the run takes exactly this many iterations
@@ -88,7 +83,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.common import atomic_write, set_aside
+from data.common import atomic_write, link, set_aside
 from data.tokenizer import Tokenizer, read_tokenizer_spec
 from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_flops_of, read_checkpoint
 
@@ -102,7 +97,6 @@ master_process = rank == 0              # prints and saves
 saving = dataset is not None and not eval_only  # whether this run leaves files
 ckpt_path, last_path, metrics_path = (os.path.join(out_dir, name)
                                       for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl'))
-saved_iter = None                       # iteration of the newest checkpoint that this run has saved
 stop_requested = False                  # by SIGTERM or Ctrl-C; the loop stops where the state is complete
 
 class Log:
@@ -157,25 +151,21 @@ class Log:
     def open_metrics(self, metrics_bytes):
         """A resumed run drops what came after its checkpoint, a new one leaves an earlier file alone."""
         Path(f'{metrics_path}.part').unlink(missing_ok=True)  # of a run that never saved
-        if not resumed and any(map(os.path.exists, (ckpt_path, last_path, metrics_path))):
+        if saved_iter is None and any(map(os.path.exists, (ckpt_path, last_path, metrics_path))):
             self.metrics_path = f'{metrics_path}.part'  # until the first save
-        with open(self.metrics_path, 'ab' if resumed else 'wb') as f:
+        with open(self.metrics_path, 'wb' if saved_iter is None else 'ab') as f:
             f.truncate(min(f.tell(), metrics_bytes))
 
     def open_wandb(self, run_id):
-        """Starts a run of Weights & Biases, or goes on with the one of run_id; offline without a login."""
+        """Starts a run of Weights & Biases, or goes on with the one of run_id."""
         try:
-            from wandb import init, login  # an error too for the folder `wandb` that its runs leave
-            # without a login wandb would ask at a prompt, which nobody answers in a batch job
-            offline = os.environ.get('WANDB_MODE', 'online') == 'online' and not login(prompt=False)
+            from wandb import init  # an error too for the folder `wandb` that its runs leave
             self.wandb_run = init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
-                                  resume='allow' if run_id else None, mode='offline' if offline else None)
+                                  resume='allow' if run_id else None)
             self.wandb_run.define_metric('*', step_metric='iter')  # so that a repeated point replaces itself
         except Exception as error:  # of many kinds
             fail(f"wandb does not start ({one_line(error)}): `pip install wandb` if that is what it lacks, "
-                 "WANDB_MODE=offline if it finds no server; or --wandb_log=False")
-        if offline:
-            self.line(f"wandb: not logged in, so this run stays on disk, in {self.wandb_run.dir}")
+                 "WANDB_MODE=offline without a login or a server; or --wandb_log=False")
 
     def to_wandb(self, method, *arguments):
         """Calls a method of wandb's run, if there is one. A failure is a line, and training goes on."""
@@ -213,11 +203,9 @@ def excepthook(kind, error, trace):
         fail(f"out of memory on {device}: halve --batch_size, double --gradient_accumulation_steps")
     elif isinstance(error, BrokenPipeError):  # python train.py … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail("nobody reads this run's output any more" + "; go on with --init_from=resume" * bool(saved_iter))
-    elif isinstance(error, OSError):
-        fail(f"{error.filename or out_dir}: {error.strerror}" if error.strerror else error)
-    elif ours and isinstance(error, ValueError):
-        fail(error)
+        fail("nobody reads this run's output any more: go on with --init_from=auto")
+    elif isinstance(error, OSError) or ours and isinstance(error, ValueError):
+        fail(f"{error.filename or out_dir}: {error.strerror}" if getattr(error, 'strerror', None) else error)
     else:
         default_excepthook(kind, error, error.__traceback__)
 
@@ -246,43 +234,46 @@ def set_keys(**values):
     config.update(values)
 
 def lock_out_dir():
-    """Makes out_dir and locks it for this process. Returns the file that has to stay open."""
+    """Makes out_dir and locks it for this process, for as long as the returned file is open."""
     os.makedirs(out_dir, exist_ok=True)
-    if os.name != 'posix':
-        return None
-    import fcntl
-    lock = os.open(os.path.join(out_dir, '.lock'), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a notebook may lock again what it has locked
-    except (BlockingIOError, PermissionError):
-        fail(f"another run is writing to {out_dir}: give this one another --out_dir")
-    except OSError as error:  # some network file systems
-        log.line(f"{out_dir} cannot be locked ({error.strerror}): do not start another run there")
+    lock = open(os.path.join(out_dir, '.lock'), 'a')
+    with suppress(ImportError):  # on Windows
+        import fcntl
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a notebook may lock again what it has locked
+        except (BlockingIOError, PermissionError):
+            fail(f"another run is writing to {out_dir}: give this one another --out_dir")
+        except OSError as error:  # some network file systems
+            log.line(f"{out_dir} cannot be locked ({error.strerror}): do not start another run there")
     return lock
 
+def kept_checkpoints():
+    """The paths of ckpt-ITERATION.pt, newest first."""
+    kept = [path for path in Path(out_dir).glob('ckpt-*.pt') if path.stem[5:].isdecimal()]
+    return [str(path) for path in sorted(kept, key=lambda path: -int(path.stem[5:]))]
+
 def newest_checkpoint():
-    """(checkpoint, path) of ckpt.pt or last.pt, whichever has the larger iter_num; damaged ones are named."""
-    needed = ('iter_num', 'best_val_loss', 'config', *(() if eval_only else ('optimizer',)))
-    read, errors = {}, []
-    for path in found or [ckpt_path]:
+    """(checkpoint, its path, iteration of ckpt.pt) of ckpt.pt or last.pt, whichever is newer and has not
+    exploded; if both are damaged, of the newest whole one that was kept. Damaged ones are named."""
+    needed = ('iter_num', 'config') if eval_only else ('iter_num', 'config', 'optimizer')
+    read, paths = {}, found or [ckpt_path]
+    for path in paths:
         try:
-            read[path] = read_checkpoint(path, needed)
+            if not read or path == last_path:
+                read[path] = read_checkpoint(path, needed)
         except ValueError as error:
-            errors.append(error)
-    if not read:
-        raise errors[0]
-    for error in errors:
-        log.line(str(error))
-    path = max(read, key=lambda path: read[path]['iter_num'])
-    return read[path], path
+            if path == paths[-1] and not read:
+                raise
+            log.line(str(error))
+    path = max(read, key=lambda path: (not read[path].get('exploded'), read[path]['iter_num']))
+    return read[path], path, read.get(ckpt_path, {}).get('iter_num')
 
 folder_lock = lock_out_dir() if master_process and saving else None
-found = [path for path in (ckpt_path, last_path) if os.path.exists(path)]
+found = [path for path in (ckpt_path, last_path, *kept_checkpoints()) if os.path.exists(path)]
 if init_from == 'auto':
     set_keys(init_from='resume' if found else 'scratch')
-resumed = init_from == 'resume'
-checkpoint, resume_path = newest_checkpoint() if resumed else ({}, None)
-start_iter = checkpoint.get('iter_num', 0)
+checkpoint, resume_path, ckpt_iter = newest_checkpoint() if init_from == 'resume' else ({}, None, None)
+start_iter, saved_iter = checkpoint.get('iter_num', 0), checkpoint.get('iter_num')  # saved: in a file
 saved_config = {key: float(value) if type(value) is int and float in key_types[key] else value
                 for key, value in checkpoint.get('config', {}).items()
                 if key in config and key not in NOT_TAKEN}
@@ -297,7 +288,7 @@ for least, keys in (
     for key in keys.split():
         if config[key] is not None and config[key] < least:
             fail(f"{key} must be at least {least}, not {config[key]}")
-if dataset is None and (eval_only or resumed or max_iters <= log_interval):
+if dataset is None and (eval_only or resume_path or max_iters <= log_interval):
     fail("dataset=None only times training, for more than log_interval iterations: name a --dataset")
 if gradient_accumulation_steps % world_size:
     fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size "
@@ -332,8 +323,11 @@ def peak_memory():
 # micro-batch is the same whichever rank draws it. (The ranks take the micro-steps in turn.)
 STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3, 'epoch': 4}
 
+rewinds = checkpoint.get('rewinds', 0)  # how often the run went back since its best model: other batches
+
 def rng(stream, iteration, micro_step=0):
-    return np.random.default_rng((seed, STREAMS[stream], iteration, micro_step))
+    shift = 0 if stream.startswith('eval') else rewinds << 32
+    return np.random.default_rng((seed, STREAMS[stream], iteration + shift, micro_step))
 
 # -----------------------------------------------------------------------------
 # The model and its optimizer
@@ -346,50 +340,52 @@ for path in (data_dir / 'train.bin', data_dir / 'val.bin') if dataset else ():
                                         else f"dataset {dataset!r} is none of {', '.join(sorted(known))}"))
 tokenizer_spec = read_tokenizer_spec(data_dir) if dataset else {'kind': 'gpt2'}
 
-def model_from_scratch():
-    kind = tokenizer_spec['kind']
-    n = 50257 if kind == 'gpt2' else tokenizer_spec.get('vocab_size') or Tokenizer(tokenizer_spec).vocab_size
-    vocab_size = n if kind == 'char' else math.ceil(n / 64) * 64  # GPUs multiply faster by multiples of 64
-    return GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+def make_model(checkpoint):
+    """The model of a checkpoint to go on from, or a new one, or the one that init_from names."""
+    source = checkpoint.get('tokenizer', tokenizer_spec)  # nanoGPT's checkpoints have none
+    if checkpoint:
+        model = GPT.from_checkpoint(checkpoint, dropout)
+    elif init_from == 'scratch':
+        n = 50257 if source['kind'] == 'gpt2' else source.get('vocab_size') or Tokenizer(source).vocab_size
+        vocab_size = n if source['kind'] == 'char' else math.ceil(n / 64) * 64  # GPUs like multiples of 64
+        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+    else:
+        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        source = model.tokenizer_source
+    if dataset and source != tokenizer_spec and not model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
+        raise ValueError(f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}")
+    model.crop_block_size(min(block_size, model.config.block_size))
+    return model.to(device).train()
 
-def model_from_checkpoint():
-    if checkpoint.get('tokenizer', tokenizer_spec) != tokenizer_spec:  # nanoGPT's checkpoints have none
-        raise ValueError(f"{data_dir} was prepared with another tokenizer than the data of {resume_path}")
-    return GPT.from_checkpoint(checkpoint, dropout)
-
-def model_from_pretrained():
-    """The weights of GPT-2, or those in a folder: of transformers, or a checkpoint of nanoGPT's or ours."""
-    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    same = dataset is None or model.tokenizer_source == tokenizer_spec
-    if not same and not model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
-        raise ValueError(f"{data_dir} was prepared with another tokenizer than the one of {init_from}")
-    return model
-
-def make_optimizer():
+def make_optimizer(checkpoint):
     """On resume the moments are the checkpoint's; learning rate, weight decay and betas those of the keys."""
     optim = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
-    if not resumed or eval_only:
+    if not checkpoint or eval_only:
         return optim
-    saved, groups = checkpoint['optimizer'], optim.state_dict()['param_groups']
-    other = ValueError(f"{resume_path} has the state of another --optimizer than {optimizer}")
-    if [len(g['params']) for g in groups] != [len(g['params']) for g in saved.get('param_groups', [])]:
-        raise other
-    optim.load_state_dict({**saved, 'param_groups': groups})
-    wpe = optim.state.get(model.transformer.wpe.weight, {})
-    wpe.update({name: m[:block_size].clone() for name, m in wpe.items() if m.dim()})  # cropped like wpe
-    if any(m.shape != p.shape for p, state in optim.state.items() for m in state.values() if m.dim()):
-        raise other
+    try:
+        saved, groups = checkpoint['optimizer'], optim.state_dict()['param_groups']
+        for ours, theirs in zip(groups, saved['param_groups'], strict=True):
+            ours['params'] = theirs['params']
+        optim.load_state_dict({'state': saved['state'], 'param_groups': groups})
+        wpe = optim.state.get(model.transformer.wpe.weight, {})
+        wpe.update({name: m[:block_size].clone() for name, m in wpe.items() if m.dim()})  # cropped like wpe
+        for p, state in optim.state.items():
+            names = ('momentum',) if 'momentum' in state else ('exp_avg', 'exp_avg_sq')
+            found = {name: m.shape for name, m in state.items() if m.is_contiguous()}
+            if found != {'step': (), **dict.fromkeys(names, p.shape)}:  # fused AdamW writes by memory order
+                raise ValueError("moments that are missing or of other shapes")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{resume_path} has the state of another --optimizer than {optimizer}") from error
     return optim
 
 torch.manual_seed(seed)
-make_model = {'scratch': model_from_scratch, 'resume': model_from_checkpoint}
-model = make_model.get(init_from, model_from_pretrained)()
-if block_size < model.config.block_size:
-    model.crop_block_size(block_size)
-model.to(device).train().activation_checkpointing = activation_checkpointing
-optim = make_optimizer()
+model = make_model(checkpoint)
+model.activation_checkpointing = activation_checkpointing
+optim = make_optimizer(checkpoint)
 scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())  # {} if the scaler was off
-iter_num, best_val_loss = start_iter, float(checkpoint.get('best_val_loss', math.inf))
+iter_num, best_val_loss = start_iter, checkpoint.get('best_val_loss', math.inf)
+if any(saved_config.get(key, config[key]) != config[key] for key in ('dataset', 'block_size')):
+    best_val_loss = math.inf  # it was measured on other data
 # What a checkpoint tells of its model: nanoGPT's seven keys, and one more only where we depart from nanoGPT
 model_args = {key: getattr(model.config, key) for key in (
     'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dropout', 'vocab_size',
@@ -421,7 +417,7 @@ eval_batches = eval_iters or math.ceil((len(val_data) - 1) / (batch_size * block
 blocks = max(1, len(train_data) // block_size - 1)  # per epoch, one fewer than fit: room for the offset
 
 @lru_cache(maxsize=2)
-def blocks_of_epoch(epoch):
+def blocks_of_epoch(epoch, rewinds):
     """Where the blocks of train.bin begin, (blocks,), in the random order and at the offset of this epoch."""
     random = rng('epoch', epoch)
     offset = random.integers(len(train_data) - blocks * block_size)  # in the end every token has its turn
@@ -437,7 +433,7 @@ def get_batch(stream, iteration, micro_step):
     elif stream == 'train' and sampler == 'epoch':
         first = (iteration * gradient_accumulation_steps + micro_step) * batch_size
         epochs, indices = divmod(first + np.arange(batch_size), blocks)
-        starts = np.array([blocks_of_epoch(epoch)[i] for epoch, i in zip(epochs, indices, strict=True)])
+        starts = np.array([blocks_of_epoch(n, rewinds)[i] for n, i in zip(epochs, indices, strict=True)])
     else:
         starts = rng(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
     positions = starts[:, None] + np.arange(block_size + 1)                       # (B, T + 1)
@@ -457,7 +453,7 @@ def get_batch(stream, iteration, micro_step):
 # -----------------------------------------------------------------------------
 # torch.compile, then DistributedDataParallel
 log.line(f"tokens per iteration will be: {tokens_per_iter:,}")
-log.line((f"resuming {resume_path} at iteration {start_iter}" if resumed else
+log.line((f"resuming {resume_path} at iteration {start_iter}" if resume_path else
           "a new model" if init_from == 'scratch' else f"weights from {init_from}")
          + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; "
            f"{device}, {dtype}" + f", {world_size} processes" * distributed)
@@ -487,29 +483,28 @@ if compile:
 ddp_model = model
 if distributed:
     dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
-    first, last = (all_reduce(torch.tensor(start_iter, device=device), operation).item()
-                   for operation in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
-    if first != last:
-        fail(f"checkpoints of iterations {first} and {last} were found: {out_dir} must be one shared folder")
+    last, first = all_reduce(torch.tensor([start_iter, -start_iter], device=device), dist.ReduceOp.MAX)
+    if first + last:
+        fail(f"checkpoints of iterations {-first} and {last} were found: {out_dir} must be one shared folder")
     ddp_model = DistributedDataParallel(model)
 
 # -----------------------------------------------------------------------------
 # Evaluating, the schedule, one iteration, saving, stopping
 @torch.no_grad()
-def estimate_loss():
+def estimate_loss(batches):
     """Mean losses (train, val) over the same micro-batches every time; None if a stop was requested."""
     model.eval()
     losses = torch.zeros(2, 2, device=device)  # sum and weight per split; += below writes here
-    rounds = math.ceil(eval_batches / world_size)  # the same number on every rank
+    rounds = math.ceil(batches / world_size)  # the same number on every rank
     for (total, weight), stream in zip(losses, ('eval-train', 'eval-val'), strict=True):
         steps = range(rank, rounds * world_size, world_size)
         for k in tqdm(steps, stream, leave=False, disable=None if master_process else True):
-            if stop_requested and not distributed:
+            if stop_requested and not (stopping or distributed):
                 return None
             X, Y = get_batch(stream, 0, k)
             with autocast:
                 loss = model(X, Y, return_logits=False)[1]
-            if k < eval_batches:
+            if k < batches:
                 share = (Y >= 0).float().mean()  # below 1 at the end of a val.bin that is read in order
                 total += loss * share
                 weight += share
@@ -522,9 +517,8 @@ def perplexity(loss):
     counts = {'token': len(val_data) - 1}
     with suppress(OSError, ValueError, KeyError):
         counts['word'] = json.loads((data_dir / 'words.json').read_text())['val']
-    nats = torch.tensor(loss * counts['token'])
-    return "val.bin once through: perplexity " + ', '.join(
-        f"{(nats / count).exp():.2f} per {unit} ({count:,})" for unit, count in counts.items())
+    return "\nval.bin once through: perplexity " + ', '.join(
+        f"{np.exp(loss * counts['token'] / n):.2f} per {unit} ({n:,})" for unit, n in counts.items())
 
 def get_lr(it):
     """Linear warm-up to learning_rate, then down to min_lr in the shape that lr_schedule names."""
@@ -539,8 +533,6 @@ def get_lr(it):
               'linear': 1 - progress,
               'wsd': min(1, 5 * (1 - progress))}[lr_schedule]      # Hu et al. 2024, MiniCPM
     return min_lr + factor * (learning_rate - min_lr)
-
-first_nonfinite = torch.full((), math.inf, device=device)  # iteration of the first such loss or gradient
 
 def train_step(iter_num):
     """One iteration. Returns this rank's sum of losses and the norm of the gradient, both on the device, or
@@ -569,48 +561,58 @@ def train_step(iter_num):
     scaler.step(optim)
     scaler.update()
     optim.zero_grad(set_to_none=True)
-    # float16's infinite gradients are the scaler's business: it skips the step and scales down
-    finite = torch.isfinite(loss_sum if dtype == 'float16' else loss_sum + grad_norm)
-    first_nonfinite.copy_(torch.where(finite, first_nonfinite, first_nonfinite.clamp(max=iter_num)))
     return loss_sum, grad_norm
 
-def check_finite():
-    """Ends the run on all ranks, with its files as they are, if an iteration failed."""
-    first = all_reduce(first_nonfinite.clone(), dist.ReduceOp.MIN).item()
-    if first < math.inf:
-        fail(f"iteration {first:.0f}: the loss or the gradient is not finite, and nothing was saved since. "
-             "Go on from the last checkpoint with a lower --learning_rate")
-
-def save_checkpoint(best=False):
-    """Saves last.pt where ckpt.pt is for the best model and this is another one, else ckpt.pt."""
-    global saved_iter
-    check_finite()
-    first_save = saved_iter is None and not resumed
-    saved_iter = iter_num
+def save_checkpoint(best, exploded):
+    """Saves ckpt.pt, or last.pt if the model has exploded or is not the best, which alone may be ckpt.pt."""
+    global saved_iter, ckpt_iter
+    path = ckpt_path if (best or always_save_checkpoint) and not exploded else last_path
+    first_save, old_iter, saved_iter = saved_iter is None, ckpt_iter, iter_num
+    ckpt_iter = iter_num if path == ckpt_path else old_iter
     if not master_process:
         return
-    path = ckpt_path if best or always_save_checkpoint else last_path
     state = {'model': model.state_dict(), 'optimizer': optim.state_dict(), 'model_args': model_args,
              'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
-             'scaler': scaler.state_dict(), 'tokenizer': tokenizer_spec,
+             'scaler': scaler.state_dict(), 'tokenizer': tokenizer_spec, 'rewinds': rewinds,
              'metrics_bytes': os.path.getsize(log.metrics_path) if os.path.exists(log.metrics_path) else 0,
-             'wandb_id': log.wandb_run and log.wandb_run.id}
+             'wandb_id': log.wandb_run and log.wandb_run.id, 'exploded': exploded}
     with atomic_write(path) as f:  # a kill leaves the old or the new one, complete
         torch.save(state, f)
         if first_save:  # files of an earlier run in this folder are kept
-            earlier = {ckpt_path, last_path, metrics_path} - {log.metrics_path}
+            earlier = {ckpt_path, last_path, metrics_path, *kept_checkpoints()} - {log.metrics_path}
             for old, kept in set_aside(sorted(earlier), path).items():
                 log.line(f"{old} of an earlier run is kept as {kept}")
-            if log.metrics_path != metrics_path:
-                os.replace(log.metrics_path, metrics_path)
+            os.replace(log.metrics_path, metrics_path)
             log.metrics_path = metrics_path
+        elif path == ckpt_path and keep_checkpoints > 1 and old_iter not in (None, iter_num):
+            link(ckpt_path, os.path.join(out_dir, f'ckpt-{old_iter}.pt'))
+            for old in kept_checkpoints()[keep_checkpoints - 1:]:
+                os.unlink(old)
     if path == ckpt_path:
         Path(last_path).unlink(missing_ok=True)  # older now
 
+def go_back(problem):
+    """Goes on from ckpt.pt with other batches if `rewind` is set, else ends the run and keeps its files."""
+    global iter_num, start_iter, saved_iter, rewinds
+    if not rewind or ckpt_iter is None or rewinds == 3:
+        fail(f"iteration {iter_num}: {problem}" + f" again, the run went back {rewinds} times" * (rewinds > 0)
+             + ". Nothing was saved since: go on from the last checkpoint with a lower --learning_rate")
+    checkpoint = read_checkpoint(ckpt_path)
+    if checkpoint['iter_num'] != ckpt_iter:
+        fail(f"rank {rank} finds another {ckpt_path}: out_dir must be one shared folder")
+    model.load_state_dict(make_model(checkpoint).state_dict())
+    optim.load_state_dict(make_optimizer(checkpoint).state_dict())
+    scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
+    rewinds += 1
+    log.line(f"iteration {iter_num}: {problem}, back to {ckpt_iter} and other batches ({rewinds} of 3 times)")
+    iter_num = start_iter = saved_iter = ckpt_iter
+    if master_process:
+        log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
+    log.start_clock(iter_num)
+
 def stop_votes():
-    """Yields, before each iteration, whether all ranks stop there."""
-    # Ranks may get SIGTERM in different iterations. Each posts its flag, and all read the sum an iteration
-    # later: they agree, and nobody has waited.
+    """Yields before each iteration whether all ranks stop there. Each posts its flag, and all read the sum an
+    iteration later: they agree, and nobody has waited."""
     group, agreed = dist.new_group(backend='gloo', timeout=timedelta(seconds=dist_timeout)), False
     while True:
         votes = torch.tensor(float(stop_requested))
@@ -619,21 +621,15 @@ def stop_votes():
         work.wait()
         agreed = votes.item() > 0
 
-def start_profiler():
-    """Records one iteration, the eighth, warm by then: a table of its costliest operations, and a trace."""
-    def report(profiler):
-        order = f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total"
-        log.line(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=50))
-        trace = os.path.join(out_dir, 'trace.json')
-        os.makedirs(out_dir, exist_ok=True)
-        profiler.export_chrome_trace(trace)
-        log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
-        log.start_clock(iter_num + 1)
-    wait = max(0, min(6, max_iters - start_iter - 2))
-    schedule = torch.profiler.schedule(wait=wait, warmup=1, active=1, repeat=1)
-    profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
-    profiler.start()
-    return profiler
+def report_profile(profiler):
+    """A table of an iteration's costliest operations, and a trace of it all."""
+    order = f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total"
+    log.line(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=50))
+    os.makedirs(out_dir, exist_ok=True)
+    trace = os.path.join(out_dir, 'trace.json')
+    profiler.export_chrome_trace(trace)
+    log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
+    log.start_clock(iter_num + 1)
 
 # -----------------------------------------------------------------------------
 # The loop
@@ -645,60 +641,65 @@ if saving and master_process:
         log.open_wandb(checkpoint.get('wandb_id'))
 checkpoint = None                       # frees its memory
 votes = stop_votes() if distributed else None
-profiler = start_profiler() if profile and master_process else None
 log.start_clock(iter_num)
 
 while True:
     stopping = next(votes) if distributed else stop_requested
-    if stopping and saving and iter_num > start_iter:
-        if iter_num != saved_iter:
-            save_checkpoint()
-        launch = 'torchrun …' if distributed else 'python'
-        machine = [f'--{key}={config[key]}' for key in ('device', 'dtype', 'compile') if key in given_keys]
-        command = shlex.join([sys.argv[0], '--init_from=resume', f'--out_dir={out_dir}', *machine])
-        log.line(f"stopped before iteration {iter_num}: go on with `{launch} {command}`")
-        break
-    if stopping:
-        log.line(f"stopped before iteration {iter_num}: nothing has changed, nothing is saved")
-        break
-
-    if eval_only or saving and (iter_num % eval_interval == 0 or iter_num >= max_iters):
-        losses = estimate_loss()
+    finished = eval_only or iter_num >= max_iters
+    at_evaluation = dataset and not stopping and (finished or iter_num % eval_interval == 0)
+    at_checkpoint = saving and iter_num not in (start_iter, saved_iter) and (
+        stopping or checkpoint_interval and iter_num % checkpoint_interval == 0)
+    if at_evaluation or at_checkpoint:  # a checkpoint between evaluations is only looked at
+        losses = estimate_loss(eval_batches if at_evaluation else min(10, eval_batches))
         if losses is None:
             continue
         train_loss, val_loss = losses
-        log.line(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        if eval_iters is None:
-            log.line(perplexity(val_loss))
-        if saving and not math.isfinite(train_loss + val_loss):
-            fail(f"iteration {iter_num}: the evaluated loss is not finite, resume with a lower learning_rate")
-        improved = val_loss < best_val_loss and (iter_num > start_iter or resumed)  # and will be saved
-        best_val_loss = val_loss if improved else best_val_loss
+        # overfitting parts these losses, an explosion lifts both, and by more than noise
+        exploded = saving and not (sum(losses) < math.inf and min(losses) <= best_val_loss + 0.5)
+        log.line(f"{'step' if at_evaluation else 'checkpoint'} {iter_num}: train loss {train_loss:.4f}, "
+                 f"val loss {val_loss:.4f}" + f"; exploded, {ckpt_path} stays that of {ckpt_iter}" * exploded
+                 + (perplexity(val_loss) if at_evaluation and eval_iters is None else ''))
+        if exploded and (ckpt_iter is None or not stopping and (rewind or not math.isfinite(sum(losses)))):
+            go_back("the loss has exploded")
+            continue
+        improved = at_evaluation and val_loss < best_val_loss and iter_num > 0  # a new model is in no file
+        if improved:
+            best_val_loss, rewinds = val_loss, 0
         if saving and (iter_num > start_iter or improved):
-            save_checkpoint(best=improved)
-        log.record('eval', **{'train/loss': train_loss, 'val/loss': val_loss}, iter=iter_num,
-                   lr=get_lr(iter_num), tokens=iter_num * tokens_per_iter)
+            save_checkpoint(improved, exploded)
+        if at_evaluation:
+            log.record('eval', **{'train/loss': train_loss, 'val/loss': val_loss}, iter=iter_num,
+                       lr=get_lr(iter_num), tokens=iter_num * tokens_per_iter)
         log.start_clock(iter_num)
-    elif saving and checkpoint_interval and iter_num % checkpoint_interval == 0 and iter_num > start_iter:
-        save_checkpoint()
-        log.start_clock(iter_num)
-    if eval_only or iter_num >= max_iters:
+    if stopping:
+        launch = 'torchrun …' if distributed else 'python'
+        machine = [f'--{key}={config[key]}' for key in ('device', 'dtype', 'compile') if key in given_keys]
+        command = shlex.join([sys.argv[0], '--init_from=resume', f'--out_dir={out_dir}', *machine])
+        log.line(f"stopped before iteration {iter_num}: " + (
+            f"go on with `{launch} {command}`" if saved_iter else "nothing has changed, nothing is saved"))
+        break
+    if finished:
         if saving and iter_num:
             log.line(f"best val loss {best_val_loss:.4f}" + (
                 f"; {ckpt_path} is the last, of {val_loss:.4f}: always_save_checkpoint=False keeps the best"
-                if always_save_checkpoint and val_loss > best_val_loss else ''))
+                if always_save_checkpoint and val_loss > best_val_loss and not exploded else ''))
             arguments = shlex.join([os.path.join(PROJECT, 'sample.py'), f'--out_dir={out_dir}'])
             log.line(f"sample from it: python {arguments}")
         break
 
-    loss_sum, grad_norm = train_step(iter_num)
+    profiling = profile and master_process and iter_num == min(start_iter + 7, max_iters - 1)  # warm then
+    with torch.profiler.profile() if profiling else nullcontext() as profiler:
+        loss_sum, grad_norm = train_step(iter_num)
     if loss_sum is None:
         continue
     if iter_num % log_interval == 0:
-        check_finite()
-        log.step(iter_num, all_reduce(loss_sum).item() / gradient_accumulation_steps, grad_norm.item())
-    if profiler:
-        profiler.step()
+        loss = all_reduce(loss_sum).item() / gradient_accumulation_steps
+        if not math.isfinite(loss):
+            go_back("the loss is not finite")
+            continue
+        log.step(iter_num, loss, grad_norm.item())
+    if profiling:
+        report_profile(profiler)
     iter_num += 1
 
 log.bar.close()
@@ -707,11 +708,10 @@ if dataset is None and master_process and log.timings:
     speed = tokens_per_iter * 1000 / np.median(ms)
     print(json.dumps({
         'device': torch.cuda.get_device_name() if device_type == 'cuda' else device, 'processes': world_size,
-        'threads': torch.get_num_threads(), 'torch': torch.__version__, 'tokens_per_second': speed,
-        'ms': {'median': np.median(ms), 'min': ms.min(), 'max': ms.max()}, 'peak_memory_gb': peak_memory(),
+        'threads': torch.get_num_threads(), 'torch': torch.__version__, 'peak_memory_gb': peak_memory(),
+        'tokens_per_second': speed, 'ms': {'median': np.median(ms), 'min': ms.min(), 'max': ms.max()},
         'mfu': model.estimate_mfu(speed / block_size / world_size, 1, peak_flops), 'settings': config}))
-if folder_lock is not None:
-    os.close(folder_lock)
+del folder_lock                         # a notebook goes on
 if distributed:
     dist.barrier()  # until the last checkpoint is saved
     dist.destroy_process_group()

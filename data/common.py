@@ -43,16 +43,21 @@ def atomic_write(path):
     finally:
         part.unlink(missing_ok=True)
 
+def link(path, name):
+    """Gives the file at path a second name, or only this one where a file system knows no links."""
+    Path(name).unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        os.replace(path, name)
+
 def set_aside(paths, replaced):
     """Renames files to NAME.old, or .old1 …, and returns {path: new path}. `replaced` stays until it is."""
     paths = [path for path in paths if os.path.exists(path)]
     suffix = next(f".old{n or ''}" for n in range(10 ** 6)
                   if not any(os.path.exists(f"{path}.old{n or ''}") for path in paths))
     for path in paths:
-        try:
-            (os.link if path == replaced else os.replace)(path, path + suffix)
-        except OSError:  # a file system without links
-            os.replace(path, path + suffix)
+        (link if path == replaced else os.replace)(path, path + suffix)
     return {path: path + suffix for path in paths}
 
 def download(url, sha256, path):

@@ -255,7 +255,7 @@ def test_finetune_transformers_folder(run, house, tmp_path, bpe):
     text = run('sample.py', '--device=cpu', '--num_samples=2', '--max_new_tokens=9', '--start=the').stdout
     assert text.count('the') >= 2 and text.count('---------------') == 2
     words = run('train.py', *SMALL, f'--init_from={tmp_path / "gpt2"}', '--max_iters=6', status=1)
-    assert 'data/tiny was prepared with another tokenizer than the one of ' in words
+    assert 'data/tiny was prepared with another tokenizer than ' in words
 
 
 @pytest.mark.parametrize('origin', ['ours', pytest.param('nanogpt', marks=slow)])
@@ -281,7 +281,7 @@ def test_from_a_folder_with_a_checkpoint(run, house, tmp_path, origin):
     assert saved['iter_num'] == 2 and saved['model_args']['n_layer'] == 2
     assert {state['step'].item() for state in saved['optimizer']['state'].values()} == {2}
     words = run('train.py', *SMALL, '--init_from=first', '--dataset=bare', status=1)
-    assert 'data/bare was prepared with another tokenizer than the one of first' in words
+    assert 'data/bare was prepared with another tokenizer than first' in words
     assert (tmp_path / 'first' / 'ckpt.pt').read_bytes() == before
 
 
@@ -306,7 +306,7 @@ def test_resume_with_another_alphabet(run, house):
     run('train.py', *SMALL, '--dataset=moved', '--init_from=resume', '--max_iters=6')
     (house / 'data' / 'moved' / 'meta.pkl').unlink()
     words = run('train.py', *SMALL, '--dataset=moved', '--init_from=resume', status=1)
-    assert 'data/moved was prepared with another tokenizer than the data of out/ckpt.pt' in words
+    assert 'data/moved was prepared with another tokenizer than out/ckpt.pt' in words
     run('sample.py', '--num_samples=1', '--max_new_tokens=2', '--device=cpu')
 
 
@@ -329,10 +329,10 @@ def test_epoch_of_blocks():
     """sampler=epoch on tokens that are their own positions: each block once an epoch, in another order."""
     data, size = np.arange(1000, dtype='<u2'), 16
     blocks = 1000 // size - 1
-    scope = {'np': np, 'torch': torch, 'seed': 1337, 'STREAMS': {'train': 0, 'epoch': 4}, 'train_data': data,
-             'val_data': data, 'blocks': blocks, 'block_size': size, 'batch_size': 4, 'sampler': 'epoch',
-             'gradient_accumulation_steps': 3, 'eval_iters': 2, 'model_args': {'vocab_size': 1000},
-             'device_type': 'cpu', 'device': 'cpu'}
+    scope = {'np': np, 'torch': torch, 'seed': 1337, 'rewinds': 0, 'STREAMS': {'train': 0, 'epoch': 4},
+             'train_data': data, 'val_data': data, 'blocks': blocks, 'block_size': size, 'batch_size': 4,
+             'sampler': 'epoch', 'gradient_accumulation_steps': 3, 'eval_iters': 2,
+             'model_args': {'vocab_size': 1000}, 'device_type': 'cpu', 'device': 'cpu'}
     function('train.py', 'rng', scope)
     scope['blocks_of_epoch'] = lru_cache(function('train.py', 'blocks_of_epoch', scope))
     get_batch = function('train.py', 'get_batch', scope)
@@ -485,6 +485,5 @@ def test_profile(run, tmp_path):
     events = json.loads((tmp_path / 'out' / 'trace.json').read_text())['traceEvents']
     names = [event['name'] for event in events if 'name' in event]
     assert 'aten::mm' in names and names.count('ChunkedCrossEntropy') == 2  # one for each micro-step
-    assert [name for name in names if name.startswith('ProfilerStep')] == ['ProfilerStep#7']
     run('train.py', *ten, '--profile=True', '--max_iters=2', '--out_dir=short')
     assert (tmp_path / 'short' / 'trace.json').is_file()  # a shorter run: its last
