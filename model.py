@@ -12,7 +12,6 @@ import re
 import sys
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -222,7 +221,7 @@ class GPT(nn.Module):
                 continue
             if pack:
                 weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # for 16 rows
-                module.forward = partial(packed_linear, weight, module.bias)
+                module.forward = lambda x, w=weight, b=module.bias: packed_linear(x, w, b)
                 module.weight = None                                        # not kept twice
             elif dtype != torch.float32:
                 module.weight = nn.Parameter(module.weight.to(dtype))       # no longer shared with wte
@@ -557,7 +556,7 @@ class Muon(torch.optim.AdamW):
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (k, n, m)
         return x
 
-def packed_linear(weight, bias, x):
+def packed_linear(x, weight, bias):
     """nn.Linear with a weight in oneDNN's own layout, by the operator that torch.compile uses on CPUs."""
     rows = x.view(-1, x.size(-1))
     n = rows.size(0)
@@ -591,7 +590,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
 # checkpoints and the machine at hand
 
 CHECKPOINT_TYPES = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
-                    'scaler': dict, 'iter_num': int, 'rewinds': int, 'metrics_bytes': int}
+                    'scaler': dict, 'iter_num': int, 'rewinds': int, 'metrics_bytes': int, 'tokens': int}
 
 def read_checkpoint(path, needed=()):
     """ckpt.pt as a dict of plain values and CPU tensors. Executes nothing in the file. Raises ValueError."""

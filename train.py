@@ -129,20 +129,20 @@ class Log:
         now, done = time.perf_counter(), iter_num + 1
         seconds = (now - self.clock) / (done - self.clock_iter)
         left = round((now - self.run_start) / (done - start_iter) * (max_iters - done))
-        tokens_per_second = tokens_per_iter / seconds
         mfu = model.estimate_mfu(tokens_per_iter / block_size / world_size, seconds, peak_flops)
-        speed = f"{tokens_per_second:,.0f} tok/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        speed = (f"{tokens_per_iter / seconds:,.0f} tok/s, "
+                 f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         self.bar.set_description_str(f"loss {loss:.4f}, {speed}", refresh=False)
         self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, "
                   f"mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed}, {peak_memory():.2f} GB")
-        self.record('train', iter=iter_num, loss=loss, lr=get_lr(iter_num), mfu=mfu, ms=seconds * 1000,
-                    tokens=iter_num * tokens_per_iter, tokens_per_second=tokens_per_second,
-                    grad_norm=grad_norm if math.isfinite(grad_norm) else None)
+        self.record('train', iter_num, loss=loss, grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+                    mfu=mfu, ms=seconds * 1000, tokens_per_second=tokens_per_iter / seconds)
         self.timings.append(seconds)
         self.start_clock(done)
 
-    def record(self, kind, **values):
+    def record(self, kind, it, **values):
         """A line of metrics.jsonl, of kind 'train' or 'eval', and the same to wandb."""
+        values = {'iter': it, 'tokens': earlier_tokens + it * tokens_per_iter, 'lr': get_lr(it), **values}
         if master_process and saving:
             with open(self.metrics_path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps({'kind': kind, **values}) + '\n')
@@ -395,6 +395,7 @@ for key in model_args:
         log.line(f"{key} is {model_args[key]!r}, as the weights have it, not {config[key]!r}")
         set_keys(**{key: model_args[key]})
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+earlier_tokens = checkpoint.get('tokens', start_iter * tokens_per_iter) - start_iter * tokens_per_iter
 
 # -----------------------------------------------------------------------------
 # The data
@@ -572,10 +573,10 @@ def save_checkpoint(best, exploded):
     if not master_process:
         return
     state = {'model': model.state_dict(), 'optimizer': optim.state_dict(), 'model_args': model_args,
-             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
-             'scaler': scaler.state_dict(), 'tokenizer': tokenizer_spec, 'rewinds': rewinds,
-             'metrics_bytes': os.path.getsize(log.metrics_path) if os.path.exists(log.metrics_path) else 0,
-             'wandb_id': log.wandb_run and log.wandb_run.id, 'exploded': exploded}
+             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'tokenizer': tokenizer_spec,
+             'config': config, 'scaler': scaler.state_dict(), 'wandb_id': log.wandb_run and log.wandb_run.id,
+             'exploded': exploded, 'rewinds': rewinds, 'tokens': earlier_tokens + iter_num * tokens_per_iter,
+             'metrics_bytes': os.path.getsize(log.metrics_path) if os.path.exists(log.metrics_path) else 0}
     with atomic_write(path) as f:  # a kill leaves the old or the new one, complete
         torch.save(state, f)
         if first_save:  # files of an earlier run in this folder are kept
@@ -668,8 +669,7 @@ while True:
         if saving and (iter_num > start_iter or improved):
             save_checkpoint(improved, exploded)
         if at_evaluation:
-            log.record('eval', **{'train/loss': train_loss, 'val/loss': val_loss}, iter=iter_num,
-                       lr=get_lr(iter_num), tokens=iter_num * tokens_per_iter)
+            log.record('eval', iter_num, **{'train/loss': train_loss, 'val/loss': val_loss})
         log.start_clock(iter_num)
     if stopping:
         launch = 'torchrun …' if distributed else 'python'

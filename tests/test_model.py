@@ -1,4 +1,5 @@
 """model.py against transformers, tests/reference.py in float64, and itself without shortcuts."""
+import copy
 import importlib.util
 import math
 import pickle
@@ -658,10 +659,10 @@ def test_packed_linear(width):
     weight, bias = torch.randn(96, width, generator=g), torch.randn(96, generator=g)
     packed, x = torch.ops.mkldnn._reorder_linear_weight(weight, 16), torch.randn(33, 1, width, generator=g)
     for b in (None, bias):
-        y = ours.packed_linear(packed, b, x)
+        y = ours.packed_linear(x, packed, b)
         torch.testing.assert_close(y, F.linear(x, weight, b), rtol=1e-4, atol=1e-3)
         for n in (1, 2, 3, 4, 7):
-            assert torch.equal(ours.packed_linear(packed, b, x[:n]), y[:n])
+            assert torch.equal(ours.packed_linear(x[:n], packed, b), y[:n])
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -678,6 +679,8 @@ def test_a_row_is_its_own():
     for n in (1, 3, 16):
         assert torch.equal(rows(n), all_rows[:n]) and torch.equal(rows(n, 33 - n), all_rows[33 - n:])
     assert torch.equal(rows(7, x=x.expand(7, -1), static=True), all_rows[:7])
+    net = copy.deepcopy(net)
+    assert torch.equal(rows(3), all_rows[:3])
 
 
 @pytest.mark.parametrize('prompt', [1, 4, 12, 20])

@@ -349,6 +349,16 @@ def test_best_and_last(run, start, tmp_path):
     assert 'resuming worse/last.pt at iteration ' in out
 
 
+def test_tokens_with_another_batch_size(run, tmp_path):
+    """The count of tokens in metrics.jsonl goes on where it was, twice."""
+    run('train.py', *SMALL, '--max_iters=3')
+    run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=5', '--batch_size=6')
+    run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=6', '--gradient_accumulation_steps=1')
+    tokens = [line['tokens'] for line in metrics(tmp_path / 'out') if line['kind'] == 'train']
+    assert tokens == [0, 128, 256, 384, 384 + 192, 384 + 2 * 192]
+    assert load(tmp_path / 'out')['tokens'] == 384 + 2 * 192 + 96
+
+
 def test_torn_metrics(run, tmp_path):
     """What a killed run wrote behind its last checkpoint, half a line at the end of it, comes again: the
     lines are those of a run that was left alone.
