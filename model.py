@@ -319,7 +319,7 @@ class GPT(nn.Module):
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"the checkpoint does not fit this model.py: {one_line(error)}") from error
         # nanoGPT's checkpoints name their data set, ours hold the tokenizer itself
-        dataset = (checkpoint.get('config') or {}).get('dataset') or 'NAME'
+        dataset = checkpoint.get('config', {}).get('dataset') or 'NAME'
         model.tokenizer_source = checkpoint.get('tokenizer') or Path(__file__).parent / 'data' / dataset
         return model
 
@@ -601,6 +601,7 @@ def read_checkpoint(path, needed=()):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
         for key, kind in CHECKPOINT_TYPES.items():
             value = checkpoint.get(key, None if key in ('model', 'model_args', *needed) else kind())
             if not isinstance(value, kind) or kind is int and value < 0:

@@ -254,12 +254,12 @@ def kept_checkpoints():
 
 def newest_checkpoint():
     """(checkpoint, its path, iteration of ckpt.pt) of ckpt.pt or last.pt, whichever is newer and has not
-    exploded; if both are damaged, of the newest whole one that was kept. Damaged ones are named."""
+    exploded; where neither will do, of the newest one that was kept. Damaged ones are named."""
     needed = ('iter_num', 'config') if eval_only else ('iter_num', 'config', 'optimizer')
     read, paths = {}, found or [ckpt_path]
     for path in paths:
         try:
-            if not read or path == last_path:
+            if path == last_path or all(checkpoint.get('exploded') for checkpoint in read.values()):
                 read[path] = read_checkpoint(path, needed)
         except ValueError as error:
             if path == paths[-1] and not read:
@@ -371,8 +371,8 @@ def make_optimizer(checkpoint):
         wpe.update({name: m[:block_size].clone() for name, m in wpe.items() if m.dim()})  # cropped like wpe
         for p, state in optim.state.items():
             names = ('momentum',) if 'momentum' in state else ('exp_avg', 'exp_avg_sq')
-            found = {name: m.shape for name, m in state.items() if m.is_contiguous()}
-            if found != {'step': (), **dict.fromkeys(names, p.shape)}:  # fused AdamW writes by memory order
+            shapes = {name: m.shape for name, m in state.items() if m.is_contiguous()}
+            if shapes != {'step': (), **dict.fromkeys(names, p.shape)}:  # fused AdamW writes by memory order
                 raise ValueError("moments that are missing or of other shapes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{resume_path} has the state of another --optimizer than {optimizer}") from error
@@ -384,8 +384,6 @@ model.activation_checkpointing = activation_checkpointing
 optim = make_optimizer(checkpoint)
 scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())  # {} if the scaler was off
 iter_num, best_val_loss = start_iter, checkpoint.get('best_val_loss', math.inf)
-if any(saved_config.get(key, config[key]) != config[key] for key in ('dataset', 'block_size')):
-    best_val_loss = math.inf  # it was measured on other data
 # What a checkpoint tells of its model: nanoGPT's seven keys, and one more only where we depart from nanoGPT
 model_args = {key: getattr(model.config, key) for key in (
     'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dropout', 'vocab_size',
@@ -564,10 +562,10 @@ def train_step(iter_num):
     optim.zero_grad(set_to_none=True)
     return loss_sum, grad_norm
 
-def save_checkpoint(best, exploded):
-    """Saves ckpt.pt, or last.pt if the model has exploded or is not the best, which alone may be ckpt.pt."""
+def save_checkpoint(to_ckpt, exploded):
+    """Saves ckpt.pt or, where that is to stay, last.pt, which resume takes if it is newer and sound."""
     global saved_iter, ckpt_iter
-    path = ckpt_path if (best or always_save_checkpoint) and not exploded else last_path
+    path = ckpt_path if to_ckpt and not exploded else last_path
     first_save, old_iter, saved_iter = saved_iter is None, ckpt_iter, iter_num
     ckpt_iter = iter_num if path == ckpt_path else old_iter
     if not master_process:
@@ -585,7 +583,7 @@ def save_checkpoint(best, exploded):
                 log.line(f"{old} of an earlier run is kept as {kept}")
             os.replace(log.metrics_path, metrics_path)
             log.metrics_path = metrics_path
-        elif path == ckpt_path and keep_checkpoints > 1 and old_iter not in (None, iter_num):
+        elif path == ckpt_path and keep_checkpoints > 1 and old_iter is not None and os.path.exists(path):
             link(ckpt_path, os.path.join(out_dir, f'ckpt-{old_iter}.pt'))
             for old in kept_checkpoints()[keep_checkpoints - 1:]:
                 os.unlink(old)
@@ -594,22 +592,22 @@ def save_checkpoint(best, exploded):
 
 def go_back(problem):
     """Goes on from ckpt.pt with other batches if `rewind` is set, else ends the run and keeps its files."""
-    global iter_num, start_iter, saved_iter, rewinds
+    global iter_num, start_iter, saved_iter, rewinds, earlier_tokens
     if not rewind or ckpt_iter is None or rewinds == 3:
-        fail(f"iteration {iter_num}: {problem}" + f" again, the run went back {rewinds} times" * (rewinds > 0)
-             + ". Nothing was saved since: go on from the last checkpoint with a lower --learning_rate")
+        fail(f"iteration {iter_num}: {problem}" + f" after {rewinds} rewinds" * (rewinds > 0) + ". Go on from"
+             " the last checkpoint, or start again, with a lower --learning_rate")
     checkpoint = read_checkpoint(ckpt_path)
     if checkpoint['iter_num'] != ckpt_iter:
-        fail(f"rank {rank} finds another {ckpt_path}: out_dir must be one shared folder")
+        fail(f"{ckpt_path} is not the one that was saved (rank {rank}): out_dir must be one shared folder")
     model.load_state_dict(make_model(checkpoint).state_dict())
     optim.load_state_dict(make_optimizer(checkpoint).state_dict())
     scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
     rewinds += 1
     log.line(f"iteration {iter_num}: {problem}, back to {ckpt_iter} and other batches ({rewinds} of 3 times)")
     iter_num = start_iter = saved_iter = ckpt_iter
+    earlier_tokens = checkpoint.get('tokens', iter_num * tokens_per_iter) - iter_num * tokens_per_iter
     if master_process:
         log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
-    log.start_clock(iter_num)
 
 def stop_votes():
     """Yields before each iteration whether all ranks stop there. Each posts its flag, and all read the sum an
@@ -648,17 +646,19 @@ while True:
     stopping = next(votes) if distributed else stop_requested
     finished = eval_only or iter_num >= max_iters
     at_evaluation = dataset and not stopping and (finished or iter_num % eval_interval == 0)
-    at_checkpoint = saving and iter_num not in (start_iter, saved_iter) and (
-        stopping or checkpoint_interval and iter_num % checkpoint_interval == 0)
-    if at_evaluation or at_checkpoint:  # a checkpoint between evaluations is only looked at
+    at_checkpoint = saving and iter_num and (iter_num == start_iter or iter_num != saved_iter and (
+        stopping or checkpoint_interval and iter_num % checkpoint_interval == 0))
+    if at_evaluation or at_checkpoint:  # at a checkpoint between evaluations a few batches will do
         losses = estimate_loss(eval_batches if at_evaluation else min(10, eval_batches))
         if losses is None:
             continue
         train_loss, val_loss = losses
         # overfitting parts these losses, an explosion lifts both, and by more than noise
         exploded = saving and not (sum(losses) < math.inf and min(losses) <= best_val_loss + 0.5)
+        if exploded and iter_num == start_iter > 0:  # other data than those the best was measured on
+            exploded, best_val_loss = False, math.inf
         log.line(f"{'step' if at_evaluation else 'checkpoint'} {iter_num}: train loss {train_loss:.4f}, "
-                 f"val loss {val_loss:.4f}" + f"; exploded, {ckpt_path} stays that of {ckpt_iter}" * exploded
+                 f"val loss {val_loss:.4f}" + f"; exploded, no new {ckpt_path}" * exploded
                  + (perplexity(val_loss) if at_evaluation and eval_iters is None else ''))
         if exploded and (ckpt_iter is None or not stopping and (rewind or not math.isfinite(sum(losses)))):
             go_back("the loss has exploded")
@@ -666,8 +666,8 @@ while True:
         improved = at_evaluation and val_loss < best_val_loss and iter_num > 0  # a new model is in no file
         if improved:
             best_val_loss, rewinds = val_loss, 0
-        if saving and (iter_num > start_iter or improved):
-            save_checkpoint(improved, exploded)
+        if saving and (iter_num > start_iter or improved) and (saved_iter == ckpt_iter or not exploded):
+            save_checkpoint(improved or always_save_checkpoint and (at_evaluation or not rewind), exploded)
         if at_evaluation:
             log.record('eval', iter_num, **{'train/loss': train_loss, 'val/loss': val_loss})
         log.start_clock(iter_num)

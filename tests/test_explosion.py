@@ -1,9 +1,11 @@
 """A loss that explodes, the way back to the last good checkpoint, and the checkpoints that are kept."""
 import json
 import re
+import shutil
 import signal
 
 import pytest
+import torch
 from conftest import SMALL, wait_for
 from test_survival import assert_close, assert_same_state, load, metrics, names, posix
 
@@ -40,7 +42,7 @@ def ruin(run, altered):
 def test_explosion(run, ruin, tmp_path):
     """The exploded model is said, and goes to last.pt; ckpt.pt stays. Resuming starts from the good one."""
     out = run(ruin(), *RUN, '--max_iters=20').stdout
-    assert re.search(r'^step 20: train loss [\d.]+, val loss [\d.]+; exploded, out/ckpt.pt stays that of 10$',
+    assert re.search(r'^step 20: train loss [\d.]+, val loss [\d.]+; exploded, no new out/ckpt.pt$',
                      out, re.M)
     good, bad = load(tmp_path / 'out'), load(tmp_path / 'out', 'last.pt')
     assert (good['iter_num'], bad['iter_num']) == (10, 20) and bad['exploded'] and not good['exploded']
@@ -63,7 +65,7 @@ def test_explosion_between_evaluations(run, start, ruin, tmp_path, save):
         assert process.wait() == 0
     else:
         out = run(ruin(), *RUN, save, '--max_iters=19').stdout
-    assert re.search(r'^checkpoint \d+: .*; exploded, out/ckpt.pt stays that of 10$', out, re.M), out
+    assert re.search(r'^checkpoint \d+: .*; exploded, no new out/ckpt.pt$', out, re.M), out
     assert load(tmp_path / 'out')['iter_num'] == 10 and load(tmp_path / 'out', 'last.pt')['exploded']
 
 
@@ -112,7 +114,7 @@ def hopeless(self, *arguments, **how):
 model.GPT.forward = hopeless
 ''')
     words = run(hopeless, *RUN, '--rewind=True', status=1)
-    assert words.startswith('iteration 20: the loss has exploded again, the run went back 3 times. Nothing')
+    assert words.startswith('iteration 20: the loss has exploded after 3 rewinds. Go on from the last ')
     assert load(tmp_path / 'out')['iter_num'] == 10
     lines = [line['iter'] for line in metrics(tmp_path / 'out')]
     assert lines == [0, *range(10), 10, *range(10, 20)]
@@ -130,6 +132,31 @@ def test_another_yardstick(run, house, tmp_path):
     out = run('train.py', '--init_from=resume', '--device=cpu', '--dataset=noise', '--max_iters=21').stdout
     best = re.search(r'^best val loss ([\d.]+)', out, re.M)[1]
     assert 'exploded' not in out and 'step 21: train loss' in out and f'val loss {best}' in out
+
+
+def test_prepared_again(run, house, tmp_path):
+    """The same for data of the same name, where the resumed run begins between evaluations."""
+    shutil.copytree(house / 'data' / 'tiny', house / 'data' / 'again')
+    run('train.py', *RUN, '--dataset=again', '--max_iters=33', '--eval_interval=30')
+    for name in ('train.bin', 'val.bin'):
+        path = house / 'data' / 'again' / name
+        content = path.read_bytes()
+        path.write_bytes(b''.join(sorted(content[i:i + 2] for i in range(0, len(content), 2))))
+    out = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=35').stdout
+    assert 'checkpoint 33: train loss' in out and 'exploded' not in out
+    assert load(tmp_path / 'out')['iter_num'] == 35
+
+
+def test_good_newest_state_stays(run, ruin, tmp_path):
+    """last.pt, where it is newer than ckpt.pt, is overwritten by no exploded model."""
+    how = ['--always_save_checkpoint=False', '--eval_interval=11', '--checkpoint_interval=6']
+    script = ruin()
+    run(script, *RUN, *how, '--max_iters=13')
+    good = load(tmp_path / 'out', 'last.pt')
+    assert (load(tmp_path / 'out')['iter_num'], good['iter_num']) == (11, 13)
+    out = run(script, '--init_from=auto', '--device=cpu', '--max_iters=20').stdout
+    assert 'resuming out/last.pt at iteration 13' in out and out.count('exploded') == 2
+    assert_same_state(load(tmp_path / 'out', 'last.pt'), good)
 
 
 def test_kept_checkpoints(run, tmp_path):
@@ -153,5 +180,10 @@ def test_kept_checkpoints(run, tmp_path):
     assert_same_state(load(tmp_path / 'out'), load(tmp_path / 'never'))
     old = names(tmp_path / 'out')
     assert old == {'ckpt.pt', 'ckpt-8.pt', 'ckpt-6.pt', 'metrics.jsonl'}
+    exploded = {**load(tmp_path / 'out'), 'iter_num': 11, 'exploded': True}
+    torch.save(exploded, tmp_path / 'out' / 'last.pt')
+    (tmp_path / 'out' / 'ckpt.pt').rename(tmp_path / 'ckpt.pt')  # leaves the exploded one and the kept
+    out = run('train.py', '--init_from=auto', '--device=cpu', '--max_iters=9').stdout
+    assert 'resuming out/ckpt-8.pt at iteration 8' in out
     run('train.py', *how, '--max_iters=2')
     assert names(tmp_path / 'out') == {'ckpt.pt', 'metrics.jsonl'} | {f'{name}.old' for name in old}
