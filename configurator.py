@@ -1,9 +1,7 @@
 def _configure(script):
-    """Config files and --key=value arguments become globals of the script that executes this file; later ones
-    win. Its keys are the globals that hold a bool, int, float, str or None; what a key takes follows from its
-    default or its annotation, `int | None` or `Literal['a', 'b']`. A config file is Python and sees the keys
-    above it. Leaves `config`, `given_keys` and `key_types`. Mistakes end in one line and exit status 1.
-    """
+    """Config files and --key=value become globals of the script that executes this file; later ones win. Its
+    keys are the globals that hold a bool, int, float, str or None; annotations such as `int | None` say more.
+    A config file is Python and sees the keys above it. Leaves `config`, `given_keys` and `key_types`."""
     import builtins  # imported in here, so that the script's globals stay its own
     import difflib
     import os
@@ -15,11 +13,15 @@ def _configure(script):
     from typing import Union, get_args
 
     def excepthook(kind, error, trace):  # for what follows in the script
+        sys.stdout = None  # else Python would try once more to write what `| head` no longer reads
         if kind is ModuleNotFoundError and error.name not in ('data', 'model'):
             print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
         elif kind not in (KeyboardInterrupt, BrokenPipeError):
             sys.__excepthook__(kind, error, trace)
     sys.excepthook = excepthook
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open('w') for stream in (sys.stdout, sys.stderr))
+    with suppress(AttributeError, OSError):  # if it is a notebook's; a console may lack characters
+        sys.stdout.reconfigure(errors='replace', line_buffering=True)
     scalars = {bool: 'bool (True or False)', int: 'int', float: 'float', str: 'str', type(None): 'None'}
     defaults = {key: value for key, value in script.items() if key[0] != '_' and type(value) in scalars}
     first_process, hints = os.environ.get('LOCAL_RANK', '0') == '0', script.get('__annotations__', {})
@@ -33,7 +35,6 @@ def _configure(script):
     def fail(source, message):
         time.sleep(0 if first_process else 10)  # torchrun ends all when one ends: the first prints
         sys.exit(' '.join(f"{source}: {message}".split()) if first_process else 1)
-
     def assign(source, key, value):
         if type(value) in (int, float) and not abs(value) < (2 ** 63 if type(value) is int else float('inf')):
             fail(source, f"{key} takes {described[key]}, finite and within 64 bits")
@@ -41,7 +42,6 @@ def _configure(script):
         if not fits and not (type(value) is int and float in takes[key]):
             fail(source, f"{key} takes {described[key]}, not {value!r:.40}")
         given[key] = value if fits else float(value)
-
     def run(name):
         folders = Path(script.get('__file__', name)).resolve().parents
         project = [folder / name for folder in folders if os.path.isfile(folder / 'configurator.py')]

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parent
-
 # -----------------------------------------------------------------------------
 init_from = 'resume'         # resume (out_dir/ckpt.pt), gpt2 … gpt2-xl, or a folder that transformers saved
 out_dir = 'out'              # where train.py put its checkpoint
@@ -32,7 +30,7 @@ device: str | None = None    # cpu, cuda, cuda:1, mps; None: what is there
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # None: what the device is good at
 compile = False              # torch.compile: half a minute at the start, for many tokens on a GPU
 config = {}                  # the configurator fills it with all keys
-exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+exec((Path(__file__).resolve().parent / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 # these imports take seconds: --help and most mistakes are answered before
 import numpy as np
@@ -46,6 +44,18 @@ for key, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0)
 if top_p is not None and not 0 < top_p <= 1:
     sys.exit(f"top_p must be in (0, 1], not {top_p}")
 
+def excepthook(kind, error, trace):
+    """One line where memory or the disk is full, and none where a reader such as head has read enough."""
+    sys.stdout = None  # else Python would try to write the rest once more when it exits
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        print(f"out of memory on {device}: fewer --num_samples or --max_new_tokens", file=sys.stderr)
+    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        print(f"{error.filename or 'cannot write the text'}: {error.strerror}", file=sys.stderr)
+    else:
+        default_excepthook(kind, error, trace)
+
+default_excepthook, sys.excepthook = sys.excepthook, excepthook
+
 # the model, its tokenizer and the prompt
 try:
     device, dtype = choose_device(device, dtype)
@@ -54,13 +64,13 @@ try:
     if start.startswith('FILE:'):
         start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
     elif start == '-':
-        start = sys.stdin.read()
+        start = sys.stdin.read() if sys.stdin else ''
     start = start.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
     prompt = tokenizer.encode(start if start != '\n' or tokenizer.kind != 'char' else '') or [tokenizer.bos]
 except UnicodeDecodeError as error:
     sys.exit(f"--start={start}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
-except (ValueError, OSError) as error:
-    sys.exit(f"{error.filename}: {error.strerror}" if getattr(error, 'filename', None) else str(error))
+except (ValueError, ConnectionError) as error:
+    sys.exit(str(error))
 
 kind = torch.device(device).type
 model.for_sampling(device, getattr(torch, dtype), pack=not compile)
@@ -82,16 +92,6 @@ def new_tokens(first):
     idx, draws = torch.tensor([prompt], device=device), torch.from_numpy(draws).to(device)
     return model.stream(idx, max_new_tokens, temperature, top_k, top_p, draws, tokenizer.vocab_size, cache,
                         static=compile or kind == 'cuda')
-
-def write(text):
-    encoding = sys.stdout.encoding or 'utf-8'
-    try:
-        # a console may lack a character
-        print(text.encode(encoding, errors='replace').decode(encoding), end='', flush=True)
-    except OSError as error:  # Python would try to write the rest once more when it exits
-        if not isinstance(error, BrokenPipeError):  # such as head, which has read enough
-            print(f"cannot write the text: {error.strerror}", file=sys.stderr, flush=True)
-        os._exit(1)
 
 def text_of(ids, complete):
     """A sample's text up to `stop`, and whether it has ended."""
@@ -132,11 +132,11 @@ with autocast, torch.inference_mode():
             while row < min(rows, num_samples - first):
                 text, ended = text_of(ids[row], complete)
                 if stream or ended:
-                    write(text[printed:])
+                    print(text[printed:], end='', flush=True)
                     printed = max(printed, len(text))
                 if not ended:
                     break
-                write('\n---------------\n')
+                print('\n---------------\n', end='', flush=True)
                 row, printed = row + 1, 0
             else:
                 break  # all samples have ended

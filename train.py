@@ -111,7 +111,6 @@ class Log:
     def line(self, text):
         if master_process:
             tqdm.write(text)
-            sys.stdout.flush()  # a log file too grows line by line
 
     def start_clock(self, iter_num):
         """Times training from this iteration on. Called again after everything that is not training."""
@@ -153,8 +152,10 @@ class Log:
         Path(f'{metrics_path}.part').unlink(missing_ok=True)  # of a run that never saved
         if saved_iter is None and any(map(os.path.exists, (ckpt_path, last_path, metrics_path))):
             self.metrics_path = f'{metrics_path}.part'  # until the first save
-        with open(self.metrics_path, 'wb' if saved_iter is None else 'ab') as f:
+        with open(self.metrics_path, 'wb+' if saved_iter is None else 'ab+') as f:
             f.truncate(min(f.tell(), metrics_bytes))
+            f.seek(0)
+            f.truncate(f.read().rfind(b'\n') + 1)  # a line that somebody has torn
 
     def open_wandb(self, run_id):
         """Starts a run of Weights & Biases, or goes on with the one of run_id."""
@@ -193,6 +194,7 @@ def fail(message):
 
 def excepthook(kind, error, trace):
     """One line for what is not a bug: what our own files raise, the file system, lost ranks, no memory."""
+    sys.stdout = None  # else Python would try once more to write to a full disk or a closed pipe
     if kind is RuntimeError and isinstance(error.__context__, OSError):  # of torch.save
         error = error.__context__
     last = traceback.extract_tb(trace)[-1]
@@ -202,7 +204,6 @@ def excepthook(kind, error, trace):
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         fail(f"out of memory on {device}: halve --batch_size, double --gradient_accumulation_steps")
     elif isinstance(error, BrokenPipeError):  # python train.py … | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         fail("nobody reads this run's output any more: go on with --init_from=auto")
     elif isinstance(error, OSError) or ours and isinstance(error, ValueError):
         fail(f"{error.filename or out_dir}: {error.strerror}" if getattr(error, 'strerror', None) else error)
@@ -514,8 +515,8 @@ def estimate_loss(batches):
 def perplexity(loss):
     """The loss of all of val.bin as papers do: per token, and per word where prepare.py counted them."""
     counts = {'token': len(val_data) - 1}
-    with suppress(OSError, ValueError, KeyError):
-        counts['word'] = json.loads((data_dir / 'words.json').read_text())['val']
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        counts['word'] = int(json.loads((data_dir / 'words.json').read_text())['val'])
     return "\nval.bin once through: perplexity " + ', '.join(
         f"{np.exp(loss * counts['token'] / n):.2f} per {unit} ({n:,})" for unit, n in counts.items())
 
@@ -534,8 +535,7 @@ def get_lr(it):
     return min_lr + factor * (learning_rate - min_lr)
 
 def train_step(iter_num):
-    """One iteration. Returns this rank's sum of losses and the norm of the gradient, both on the device, or
-    (None, None) if a stop was requested before the parameters moved."""
+    """One iteration -> (this rank's sum of losses, gradient norm), or (None, None) if a stop came before."""
     for group in optim.param_groups:
         group['lr'] = get_lr(iter_num)
     loss_sum = torch.zeros((), device=device)

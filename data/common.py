@@ -1,12 +1,11 @@
 """What the prepare.py scripts share, and atomic writes for train.py too."""
 import hashlib
-import http.client
 import json
 import os
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -19,16 +18,16 @@ TINY_SHAKESPEARE = (  # address, SHA-256
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
 
-default_excepthook = sys.excepthook
-
-def excepthook(kind, error, trace):
+def excepthook(kind, error, trace, default=sys.excepthook):
     """For the prepare.py scripts: one line for Ctrl-C and for errors of files and networks."""
+    sys.stdout = None  # else Python would try once more to write the rest to a full disk or a closed pipe
     if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
         print("interrupted: the data is not complete", file=sys.stderr)
     elif issubclass(kind, OSError):
-        print(f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
+        print(f"{error.filename or 'cannot write'}: {error.strerror}" if error.strerror else error,
+              file=sys.stderr)
     else:
-        default_excepthook(kind, error, trace)
+        default(kind, error, trace)
 
 @contextmanager
 def atomic_write(path):
@@ -44,7 +43,7 @@ def atomic_write(path):
         part.unlink(missing_ok=True)
 
 def link(path, name):
-    """Gives the file at path a second name, or only this one where a file system knows no links."""
+    """Gives the file at path a second name. A file system without links renames it."""
     Path(name).unlink(missing_ok=True)
     try:
         os.link(path, name)
@@ -62,18 +61,17 @@ def set_aside(paths, replaced):
 
 def download(url, sha256, path):
     """Returns the bytes of the file at path, fetched from url if it is not there. Checks their SHA-256."""
-    if path.is_file():
-        source, body = path, path.read_bytes()
-    else:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                source, body = url, response.read()
-        except (OSError, http.client.HTTPException) as error:
-            sys.exit(f"cannot download {url} ({getattr(error, 'reason', error)}): "
-                     f"fetch it where there is a network and put it at {path}")
+    is_here = path.is_file()
+    try:
+        with open(path, 'rb') if is_here else urllib.request.urlopen(url, timeout=60) as source:
+            body = source.read()
+    except Exception as error:  # of the network, of HTTP …
+        sys.exit(f"cannot download {url} ({getattr(error, 'reason', error)}): "
+                 f"fetch it where there is a network and put it at {path}")
     if (found := hashlib.sha256(body).hexdigest()) != sha256:
-        sys.exit(f"{source} is damaged: {len(body)} bytes with SHA-256 {found}, expected {sha256}")
-    if source == url:
+        sys.exit(f"{path if is_here else url} is damaged: {len(body)} bytes with SHA-256 {found}, "
+                 f"expected {sha256}")
+    if not is_here:
         with atomic_write(path) as f:
             f.write(body)
     return body
@@ -113,8 +111,7 @@ def unreadable(paths, kind, error):
         try:
             with fsspec.filesystem('file').open(path, compression='infer') as rows:
                 if kind == 'parquet':
-                    batches = pyarrow.parquet.ParquetFile(rows).iter_batches(64, columns=['text'])
-                    rows = (text for batch in batches for text in batch['text'])
+                    rows = pyarrow.parquet.read_table(rows, columns=['text'])['text']
                 for row, text in enumerate(rows, 1):
                     where = f"{path}, row {row}"
                     text = text.as_py() if kind == 'parquet' else text.decode()
@@ -130,30 +127,28 @@ def write_bins(folder, tokenizer, train, val):
     """Writes the tokenizer's file, and ids, given as iterables of arrays, as little-endian uint16."""
     if tokenizer.vocab_size > 65536:
         sys.exit(f"{tokenizer.vocab_size} different tokens are more than uint16 can count")
-    # train.bin is removed first and written last, so that it never stands beside files of other data
-    for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):
-        (folder / stale).unlink(missing_ok=True)
-    for name, content in tokenizer.files().items():
-        with atomic_write(folder / name) as f:
-            f.write(content)
-    for name, pieces in (('val.bin', val), ('train.bin', train)):
-        with atomic_write(folder / name) as f:
-            tokens = sum(f.write(np.asarray(ids, dtype='<u2').tobytes()) // 2 for ids in pieces)
-        print(f"{name} has {tokens:,} tokens")
+    with ExitStack() as stack:  # renames at its end, train.bin last, so that it never has other data's files
+        files = {name: stack.enter_context(atomic_write(folder / name))
+                 for name in ('train.bin', 'val.bin', *tokenizer.files())}
+        for name, content in tokenizer.files().items():
+            files[name].write(content)
+        for name, pieces in (('val.bin', val), ('train.bin', train)):
+            tokens = sum(files[name].write(np.asarray(ids, dtype='<u2').tobytes()) // 2 for ids in pieces)
+            files[name].flush()
+            print(f"{name} has {tokens:,} tokens")
+        for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):  # nothing can fail any more
+            (folder / stale).unlink(missing_ok=True)
 
 def write_characters(folder, train, val):
     """Writes two texts as character ids to train.bin and val.bin, and their alphabet to meta.pkl."""
     alphabet = sorted(set(train) | set(val))
-    line = f"{len(train) + len(val):,} characters, {len(alphabet)} different: {''.join(alphabet)!r}"
-    console = sys.stdout.encoding or 'utf-8'  # may lack some of them
-    print(line.encode(console, errors='replace').decode(console))
+    print(f"{len(train) + len(val):,} characters, {len(alphabet)} different: {''.join(alphabet)[:200]!r}")
     codes = [np.frombuffer(text.encode('utf-32-le'), '<u4') for text in (''.join(alphabet), train, val)]
     write_bins(folder, char_tokenizer(alphabet), *([np.searchsorted(codes[0], text)] for text in codes[1:]))
 
 def write_documents(folder, tokenizer, num_workers, train, val):
     """Writes documents, each ended by eot; train and val are (number of texts, iterable of lists of texts).
-    Threads suffice, since tokenizers release the GIL. Few lists are in flight, so memory stays bounded.
-    """
+    Threads suffice, since tokenizers release the GIL. Few lists are in flight, so memory stays bounded."""
     def encode(texts):
         pieces = [ids for text in texts for ids in (tokenizer.encode(text), [tokenizer.eot])]
         return len(texts), sum(map(len, texts)), np.concatenate(pieces, dtype='<u2', casting='unsafe')
@@ -162,7 +157,7 @@ def write_documents(folder, tokenizer, num_workers, train, val):
         tokens = characters = 0
         with ThreadPoolExecutor(num_workers) as pool, tqdm(total=count, desc=name, unit=' documents') as bar:
             submitted = (pool.submit(encode, texts) for texts in lists)
-            running = list(islice(submitted, num_workers + 2))
+            running = list(islice(submitted, min(num_workers, 256) + 2))
             while running:
                 documents, length, ids = running.pop(0).result()
                 running.extend(islice(submitted, 1))

@@ -1,4 +1,5 @@
 """configurator.py, executed in a fresh dict as a script's globals."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def configure(monkeypatch, *arguments, script=SCRIPT, **names):
     exec(script, names)
     monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, arguments)])
     monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
     exec(SOURCE, names)
     return names
 
@@ -212,14 +214,40 @@ def test_ignored_names(monkeypatch, config_file, capsys):
     assert capsys.readouterr().err == ''
 
 
-def test_help_into_a_closed_pipe(house):
-    """`python train.py --help | head -1`: no traceback."""
-    process = subprocess.Popen([sys.executable, '-u', house / 'train.py', '--help'], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_help_into_a_closed_pipe(house, unbuffered):
+    """`python train.py --help | head -1`: no word, and no `Exception ignored`."""
+    process = subprocess.Popen([sys.executable, house / 'train.py', '--help'], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUNBUFFERED': unbuffered})
     process.stdout.close()
-    assert b'Traceback' not in process.stderr.read()
-    process.wait()
+    assert process.stderr.read() == b'' and process.wait() == 1
     process.stderr.close()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='a POSIX shell')
+@pytest.mark.parametrize('streams, out, err', [
+    ('', '日?', 'err'), ('>&-', '', 'err'), ('2>&-', '日?', ''), ('>&- 2>&-', '', '')])
+def test_closed_streams(tmp_path, streams, out, err):
+    """Streams that the shell has closed, which Python makes None, swallow what a script writes, and no file
+    that it opens becomes its stdout. A text or a path that UTF-8 cannot write has question marks.
+    """
+    (tmp_path / 'configurator.py').write_text(SOURCE, encoding='utf-8')
+    (tmp_path / 'script.py').write_text(
+        "import sys\nexec(open('configurator.py', encoding='utf-8').read())\nfile = open('out.txt', 'wb')\n"
+        "print('日\\udcff')\nprint('err', file=sys.stderr)\nassert file.fileno() > 2\n",
+        encoding='utf-8')
+    done = subprocess.run(f'"{sys.executable}" -X utf8 script.py {streams}', shell=True, cwd=tmp_path,
+                          capture_output=True, encoding='utf-8')
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, out, err)
+    assert (tmp_path / 'out.txt').read_bytes() == b''
+
+
+def test_help_on_an_old_console(house):
+    """One without `…`: --help was a traceback."""
+    for script in ('train.py', 'data/wiki_zh/prepare.py'):
+        done = subprocess.run([sys.executable, house / script, '--help'], capture_output=True,
+                              env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+        assert done.returncode == 0 and b'?' in done.stdout and not done.stderr
 
 
 def test_project_files(monkeypatch, tmp_path):

@@ -150,6 +150,78 @@ def test_tokenizers(tmp_path, bpe):
         Tokenizer({'kind': 'bpe', 'json': '{}'})
 
 
+STOI, ITOS = {'a': 0, 'b': 1, 'c': 2}, {0: 'a', 1: 'b', 2: 'c'}
+
+
+@pytest.mark.parametrize('meta, words', [
+    ([1, 2], "no attribute 'get'"), ({'vocab_size': '3'}, "vocab_size is '3'"),
+    ({'vocab_size': -5}, 'vocab_size is -5'), ({'vocab_size': 10 ** 12}, 'vocab_size is 1000000000000'),
+    ({'vocab_size': 3.0}, 'vocab_size is 3.0'), ({'vocab_size': True}, 'vocab_size is True'),
+    ({'stoi': STOI, 'itos': {0: 'a', 2: 'c'}}, 'KeyError: 1'), ({'stoi': STOI, 'itos': None}, 'NoneType'),
+    ({'stoi': STOI, 'itos': {0: 'b', 1: 'a', 2: 'c'}}, 'disagree'),
+    ({'stoi': [], 'itos': ITOS}, 'not a mapping'), ({'stoi': {}, 'itos': {}}, 'disagree'),
+    ({'stoi': {0: 0}, 'itos': {0: 0}}, 'expected str'),
+    ({'stoi': {b'a': 0}, 'itos': {0: b'a'}}, 'expected str'),
+    ({'stoi': {'a': 'x'}, 'itos': {'x': 'a'}}, 'KeyError: 0')])
+def test_damaged_meta(tmp_path, meta, words):
+    """A meta.pkl that is no alphabet is noticed before the training; a model of it could not be sampled."""
+    from data.tokenizer import read_tokenizer_spec
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    with pytest.raises(ValueError, match='cannot read .*meta.pkl .*' + re.escape(words)):
+        read_tokenizer_spec(tmp_path)
+
+
+def test_other_meta(tmp_path):
+    """itos as a list, further characters in stoi that mean the same, floats: as in nanoGPT they work."""
+    from data.tokenizer import Tokenizer, read_tokenizer_spec
+    for stoi, itos in ((STOI, list('abc')), ({**STOI, 'A': 0}, ITOS),
+                       ({c: float(i) for c, i in STOI.items()}, ITOS)):
+        (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'stoi': stoi, 'itos': itos}))
+        tokenizer = Tokenizer(read_tokenizer_spec(tmp_path))
+        assert str(tokenizer.encode('cab')) == '[2, 0, 1]' and tokenizer.decode([2, 0, 1]) == 'cab'
+
+
+def test_pickles_cannot_call(tmp_path):
+    """Not by any opcode of the protocols 0 to 5."""
+    from data.tokenizer import read_tokenizer_spec
+    touch = f'touch {tmp_path}/called'.encode()
+    for program in (b'cos\nsystem\n(S"%b"\ntR.', b'(S"%b"\nios\nsystem\n.', b'(cos\nsystem\nS"%b"\no.',
+                    b'\x80\x02cos\nsystem\n(S"%b"\nt\x81.', b'\x80\x04S"os"\nS"system"\n\x93(S"%b"\ntR.'):
+        (tmp_path / 'meta.pkl').write_bytes(program % touch)
+        with pytest.raises(ValueError, match='it asks for .*system: plain values only'):
+            read_tokenizer_spec(tmp_path)
+    assert not (tmp_path / 'called').exists()
+
+
+def bpe_file(model={}, **parts):  # noqa: B006
+    """A tokenizer.json with other parts."""
+    from data.tokenizer import train_bpe
+    spec = json.loads(train_bpe(['the quick brown fox'] * 2, 300).spec['json'])
+    return {**spec, 'model': {**spec['model'], **model}, **parts}
+
+
+def test_panics(capfd):
+    """Of the Rust code in tokenizers, which are no Exceptions: they become errors like any other."""
+    from data.tokenizer import Tokenizer
+    with pytest.raises(ValueError, match='cannot read tokenizer.json .PanicException: '):
+        Tokenizer({'kind': 'bpe', 'json': json.dumps(bpe_file({'continuing_subword_prefix': '#' * 9}))})
+    replace = {'type': 'Replace', 'pattern': {'String': ''}, 'content': 'x'}
+    tokenizer = Tokenizer({'kind': 'bpe', 'json': json.dumps(bpe_file(normalizer=replace))})
+    with pytest.raises(ValueError, match="the tokenizer cannot read 'the 🦊' .PanicException: "):
+        tokenizer.encode('the 🦊')
+    assert 'panicked' in capfd.readouterr().err  # Rust's own words, which Python cannot stop
+
+
+def test_vocabulary_with_holes():
+    """vocab_size is above the largest id, not the number of the ids: else a model would be too small."""
+    from data.tokenizer import Tokenizer
+    vocab = {token: i + 1000 * (i > 270) for token, i in bpe_file()['model']['vocab'].items()}
+    tokenizer = Tokenizer({'kind': 'bpe', 'json': json.dumps(bpe_file({'vocab': vocab}))})
+    ids = tokenizer.encode('the quick')
+    assert 1270 < max(ids) < tokenizer.vocab_size == 1 + max(vocab.values())
+    assert tokenizer.decode(ids) == 'the quick'
+
+
 def reference(bpe, texts, test_size=0.0005):
     """train and val as nanoGPT's pipeline makes them: load, split, encode each, concatenate."""
     from datasets import Dataset
@@ -276,7 +348,7 @@ def test_documents_in_flight(tmp_path):
 @pytest.mark.slow
 def test_killed_prepare(house, tmp_path, bpe, request):
     """Whenever prepare.py is killed, every .bin is whole, and a new val.bin never has an old train.bin with
-    it.
+    it. In the middle of writing the old data set is still there.
     """
     corpora = []
     for n in (0, 1):
@@ -302,7 +374,7 @@ def test_killed_prepare(house, tmp_path, bpe, request):
         process.wait()
         found = {name: (folder / f'{name}.bin').read_bytes()
                  for name in ('train', 'val') if (folder / f'{name}.bin').is_file()}
-        caught += 'train' not in found
+        caught += part.is_file() and found in corpora
         assert all(body in [corpus[name] for corpus in corpora] for name, body in found.items())
         assert 'train' not in found or found in corpora
     assert caught >= 2  # in the middle of writing
@@ -448,7 +520,7 @@ def test_trained_tokenizers_in_training(run, tmp_path, wiki):
 
 
 def test_bins_appear_whole(tmp_path, monkeypatch):
-    """A writer that fails leaves no file, and a new val.bin never stands beside an old train.bin."""
+    """A writer that fails leaves no new file, and an older data set as it was."""
     from data.common import atomic_write, write_bins, write_characters, write_documents
     from data.tokenizer import char_tokenizer
     with pytest.raises(RuntimeError):
@@ -466,7 +538,7 @@ def test_bins_appear_whole(tmp_path, monkeypatch):
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OverflowError):
         write_bins(tmp_path, tokenizer, train=[[1], [70000]], val=[[2]])  # no 16-bit id: fails after val.bin
-    assert {path.name for path in tmp_path.iterdir()} == {'val.bin', 'meta.pkl'}
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
     @contextmanager
     def full_disk(path):
@@ -566,15 +638,20 @@ def test_wikitext_2(run, house, bpe):
 
 
 def test_small_files_that_ask_for_memory(tmp_path):
-    """A meta.pkl of a few bytes, with a memo index of 300 million; a tokenizer.json that pads every text."""
+    """A meta.pkl of a few bytes, with a memo index of 300 million or a bytearray of as many bytes; a
+    tokenizer.json that pads every text.
+    """
     import resource
 
-    from data.tokenizer import Tokenizer, read_tokenizer_spec, train_bpe
+    from data.tokenizer import Tokenizer, read_tokenizer_spec
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r' + (300_000_000).to_bytes(4, 'little') + b'.')
     assert read_tokenizer_spec(tmp_path) == {'kind': 'char'}
+    (tmp_path / 'meta.pkl').write_bytes(b'\x80\x05\x96' + (300_000_000).to_bytes(8, 'little') + b'.')
+    with pytest.raises(ValueError, match='cannot read .*meta.pkl'):
+        read_tokenizer_spec(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
-    spec = json.loads(train_bpe(['the quick brown fox'], 300).spec['json'])
+    spec = bpe_file()
     spec['padding'] = {'strategy': {'Fixed': 1000}, 'direction': 'Right', 'pad_to_multiple_of': None,
                        'pad_id': 0, 'pad_type_id': 0, 'pad_token': '<|endoftext|>'}
     spec['truncation'] = {'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst', 'stride': 0}
@@ -589,3 +666,38 @@ def test_console_without_the_alphabet(run, house, tmp_path):
     out = run('data/custom/prepare.py', *how, env={'PYTHONIOENCODING': 'ascii'}, real=True).stdout
     assert '1,188 characters, 12 different: ' in out and '?' in out
     assert len(np.fromfile(house / 'data' / 'moon' / 'train.bin', '<u2')) == 1069
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a disk that is always full')
+@pytest.mark.parametrize('how', ['full', 'nobody reads', 'full of data'])
+def test_output_that_fails(run, start, house, tmp_path, how):
+    """One line, and the data set from before is as it was, whether the terminal's output or the data finds
+    no place. It was deleted before anything was written.
+    """
+    folder = house / 'data' / 'fails'
+    (tmp_path / 'book.txt').write_text('床前明月光' * 2000, encoding='utf-8')
+    arguments = ['--input=book.txt', '--name=fails']
+    run('data/custom/prepare.py', *arguments)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / 'book.txt').write_text('疑是地上霜' * 2000, encoding='utf-8')
+    if how == 'full of data':
+        words = run('data/custom/prepare.py', *arguments, status=1, file_size=3000)
+        assert words == 'cannot write: File too large\n'
+    else:
+        errors = tmp_path / 'errors'
+        errors.write_text('')
+        stdout = '/dev/full' if how == 'full' else None
+        process = start(*arguments, script='data/custom/prepare.py', stdout=stdout, stderr=errors, real=True,
+                        env={'PYTHONUNBUFFERED': ''})
+        process.stdout.close()
+        assert process.wait() == 1
+        assert errors.read_text() == {'full': 'cannot write: No space left on device\n'}.get(
+            how, 'interrupted: the data is not complete\n')
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_many_workers(run, house, tmp_path, bpe):
+    """No more lists of texts are in flight than 256 threads need."""
+    write_json_lines(tmp_path / 'mine.jsonl', ['a', 'b', 'c'])
+    run('data/openwebtext/prepare.py', '--files=mine.jsonl', f'--num_workers={2 ** 63 - 1}')
+    assert len(read(house, 'openwebtext', 'train')) > 2

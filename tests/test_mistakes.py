@@ -3,8 +3,10 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import socket
 import subprocess
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -259,6 +261,22 @@ def test_rank_in_the_environment(run):
     """RANK alone, of another tool, is not torchrun."""
     out = run('train.py', *SMALL, '--max_iters=1', env={'RANK': '0'}).stdout
     assert 'processes' not in out and 'best val loss' in out
+
+
+@slow
+@pytest.mark.skipif(os.name != 'posix', reason='signals')
+def test_stopped_while_it_starts(start):
+    """SIGTERM at any moment, from Python's start to the first iterations: no traceback, and status 0 only
+    where the run says how it has stopped.
+    """
+    for tenths in range(0, 30, 2):
+        process = start(*SMALL, '--max_iters=1000000', real=True)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(tenths / 10)
+        process.send_signal(signal.SIGTERM)
+        out, status = process.stdout.read(), process.wait(60)
+        assert 'Traceback' not in out and status in (0, -signal.SIGTERM)
+        assert ('stopped before iteration' in out) == (status == 0)
 
 
 def test_no_memory(run):

@@ -4,6 +4,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -213,6 +214,30 @@ def test_nobody_reads(start, trained, tmp_path):
     process.stdout.close()
     assert process.wait(60) == 1
     assert errors.read_text() == f'{trained / "out" / "ckpt.pt"}: weights of iteration 60\n'
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a disk that is always full')
+def test_full_disk_and_memory(run, start, trained, tmp_path):
+    """Both are one line and status 1. A traceback came with the second."""
+    errors = tmp_path / 'errors'
+    errors.write_text('')
+    how = ['--device=cpu', f'--out_dir={trained / "out"}', '--num_samples=1']
+    process = start(*how, script='sample.py', stdout='/dev/full', stderr=errors, real=True)
+    assert process.wait(60) == 1
+    assert errors.read_text().splitlines()[1:] == ['cannot write the text: No space left on device']
+    words = run('sample.py', *how, f'--max_new_tokens={10 ** 14}', status=1)  # 400 TB: beyond any address
+    assert words == 'out of memory on cpu: fewer --num_samples or --max_new_tokens\n'
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != 'posix', reason='a POSIX shell')
+def test_closed_streams(house, trained):
+    """`>&-` and `<&-`: nothing to write to or to read from is no error."""
+    command = f'"{sys.executable}" "{house / "sample.py"}" --device=cpu --num_samples=1 --max_new_tokens=3'
+    for streams in ('--start=- <&- >&-', '2>&-'):
+        done = subprocess.run(f'{command} {streams}', shell=True, cwd=trained, capture_output=True, text=True)
+        assert done.returncode == 0 and 'Traceback' not in done.stderr
+        assert len(done.stdout) == (21 if streams == '2>&-' else 0)
 
 
 def test_console_without_a_character(sample, trained, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,6 +45,33 @@ def test_before_and_after(run, house, tmp_path):
     python, script, *arguments = shlex.split(command.removeprefix('sample from it: '))
     assert last == f'best val loss {best:.4f}' and (python, script) == ('python', str(house / 'sample.py'))
     assert run('sample.py', *arguments, '--num_samples=1', '--max_new_tokens=5').stdout
+
+
+@posix
+@pytest.mark.parametrize('encoding, name', [
+    ('ascii', 'out-中文-🦊'), pytest.param('utf-8', os.fsdecode(b'out-\xff'), marks=slow),
+    pytest.param('latin-1', 'out-中文', marks=slow)])
+def test_console_without_a_character(run, tmp_path, encoding, name):
+    """A console that cannot show out_dir shows '?' there. The run ended in a traceback, a new one in an old
+    folder while it was saving.
+    """
+    how = [*SMALL, '--max_iters=1', f'--out_dir={name}']
+    for _ in range(2):
+        out = run('train.py', *how, env={'PYTHONIOENCODING': encoding}, real=True).stdout
+    assert "sample from it: python " in out and '--out_dir=out-?' in out and 'is kept as out-?' in out
+    assert {path.name for path in (tmp_path / name).glob('ckpt*')} == {'ckpt.pt', 'ckpt.pt.old'}
+    out = run('train.py', *how, '--init_from=resume', env={'PYTHONIOENCODING': encoding}, real=True).stdout
+    assert 'resuming out-?' in out
+
+
+@posix
+@slow
+def test_closed_streams(house, tmp_path):
+    """`>&- 2>&-`, as some supervisors start a process: the run is the same, without its words."""
+    command = shlex.join([sys.executable, str(house / 'train.py'), *SMALL])
+    assert subprocess.run(f'{command} >&- 2>&-', shell=True, cwd=tmp_path).returncode == 0
+    lines = (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) == 7 and (tmp_path / 'out' / 'ckpt.pt').is_file()
 
 
 def test_finished_run(run, tmp_path):
