@@ -269,7 +269,7 @@ def newest_checkpoint():
     path = max(read, key=lambda path: (not read[path].get('exploded'), read[path]['iter_num']))
     return read[path], path, read.get(ckpt_path, {}).get('iter_num')
 
-folder_lock = lock_out_dir() if master_process and saving else None
+folder_lock = lock_out_dir() if master_process and (saving or profile) else None
 found = [path for path in (ckpt_path, last_path, *kept_checkpoints()) if os.path.exists(path)]
 if init_from == 'auto':
     set_keys(init_from='resume' if found else 'scratch')
@@ -581,7 +581,8 @@ def save_checkpoint(to_ckpt, exploded):
             earlier = {ckpt_path, last_path, metrics_path, *kept_checkpoints()} - {log.metrics_path}
             for old, kept in set_aside(sorted(earlier), path).items():
                 log.line(f"{old} of an earlier run is kept as {kept}")
-            os.replace(log.metrics_path, metrics_path)
+            if log.metrics_path != metrics_path:
+                os.replace(log.metrics_path, metrics_path)
             log.metrics_path = metrics_path
         elif path == ckpt_path and keep_checkpoints > 1 and old_iter is not None and os.path.exists(path):
             link(ckpt_path, os.path.join(out_dir, f'ckpt-{old_iter}.pt'))
@@ -624,7 +625,6 @@ def report_profile(profiler):
     """A table of an iteration's costliest operations, and a trace of it all."""
     order = f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total"
     log.line(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=50))
-    os.makedirs(out_dir, exist_ok=True)
     trace = os.path.join(out_dir, 'trace.json')
     profiler.export_chrome_trace(trace)
     log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
