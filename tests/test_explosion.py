@@ -70,7 +70,8 @@ def test_explosion_between_evaluations(run, start, ruin, tmp_path, save):
 
 
 @posix
-@pytest.mark.parametrize('how', (['--dropout=0.2'], pytest.param(['--sampler=epoch'], marks=slow)))
+@slow
+@pytest.mark.parametrize('how', (['--dropout=0.2'], ['--sampler=epoch']))
 def test_rewind(run, start, ruin, tmp_path, how):
     """The run goes back by itself and on with other batches. Killed behind that and resumed it ends in the
     same state with the same lines of metrics.jsonl, and so does a run of two ranks, but for rounding.

@@ -216,6 +216,7 @@ def test_nobody_reads(start, trained, tmp_path):
     assert errors.read_text() == f'{trained / "out" / "ckpt.pt"}: weights of iteration 60\n'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a disk that is always full')
 def test_full_disk_and_memory(run, start, trained, tmp_path):
     """Both are one line and status 1. A traceback came with the second."""

@@ -417,6 +417,7 @@ def test_damaged_checkpoint(run, tmp_path):
 
 
 @posix
+@slow
 def test_old_checkpoint_until_the_new_one(start, altered, run, tmp_path):
     """The first save of a new run in an old folder: killed while the new checkpoint goes to the disk, it
     leaves a whole ckpt.pt there, and all of the old run.

@@ -48,9 +48,9 @@ def test_before_and_after(run, house, tmp_path):
 
 
 @posix
+@slow
 @pytest.mark.parametrize('encoding, name', [
-    ('ascii', 'out-中文-🦊'), pytest.param('utf-8', os.fsdecode(b'out-\xff'), marks=slow),
-    pytest.param('latin-1', 'out-中文', marks=slow)])
+    ('ascii', 'out-中文-🦊'), ('utf-8', os.fsdecode(b'out-\xff')), ('latin-1', 'out-中文')])
 def test_console_without_a_character(run, tmp_path, encoding, name):
     """A console that cannot show out_dir shows '?' there. The run ended in a traceback, a new one in an old
     folder while it was saving.
