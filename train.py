@@ -638,7 +638,7 @@ if saving and master_process:
     log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
     if wandb_log:
         log.open_wandb(checkpoint.get('wandb_id'))
-checkpoint = None                       # frees its memory
+del checkpoint                          # frees its memory
 votes = stop_votes() if distributed else None
 log.start_clock(iter_num)
 
