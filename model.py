@@ -11,8 +11,10 @@ import os
 import re
 import sys
 import zipfile
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -25,7 +27,8 @@ HF_ACTIVATIONS = {'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_pytorch_tanh': 'g
                   'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh', 'gelu_accurate': 'gelu_tanh'}
 HF_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # in transformers, as in OpenAI's files
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # 124M, 350M, 774M, 1558M parameters
-LOSS_CHUNK = 2 ** 26  # logits that the chunked loss holds at a time: 256 MiB in float32
+LOSS_CHUNK = 2 ** 26  # logits that the chunked loss holds at a time, 256 MiB in float32; on a GPU 4 times
+PACKED = WeakKeyDictionary()  # of GPT.packed; not in the model, which is copied and saved without it
 
 @dataclass
 class GPTConfig:
@@ -50,8 +53,7 @@ class GPTConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
-# -----------------------------------------------------------------------------
-# the network
+# ---------- the network ----------
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -64,13 +66,16 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, pos=None, mask=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        if x.device.type == 'cpu':  # under autocast float32: decoding in bfloat16 takes CPUs 5 times as long
+            qkv = qkv.to(x.dtype)
         q, k, v = qkv                                                       # each (B, H, T, D)
         if cache is not None and pos is None:                               # prefill: x is all there is
             cache[..., :T, :] = qkv[1:]
         elif cache is not None:                                             # decode: x behind the cache
             k, v = cache.index_copy_(3, pos, qkv[1:])                       # (B, H, length, D)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=pos is None)
+        with torch.autocast('cpu', enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=pos is None)
         y = y.transpose(1, 2).reshape(B, T, C)                              # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -113,8 +118,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: Press & Wolf 2017
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):
-                # 2 n_layer branches add to the residual stream: keep its variance (GPT-2, section 2.3)
+            if name.endswith('c_proj.weight'):  # 2 n_layer branches add up: keep the variance (GPT-2, 2.3)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
         self.activation_checkpointing = False  # True: backward computes the blocks again (Chen et al. 2016)
         self.tokenizer_source = {'kind': 'gpt2'}  # a tokenizer_spec, or the folder of a data set
@@ -127,27 +131,22 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding leaves out wpe (wte stays in, it is also the output layer)."""
-        n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return sum(p.numel() for p in self.parameters()) - non_embedding * self.transformer.wpe.weight.numel()
 
     def hidden(self, idx, cache=None, pos=None, mask=None):
         """The network up to its last norm: idx (B, T) token ids -> (B, T, C). lm_head makes logits of it.
-
         A cache from new_cache keeps keys and values. Without pos idx is read into an empty cache. With pos
-        (T,) idx stands there, behind what the cache holds, and sees what mask (T, length) lets through.
-        """
+        (T,) idx stands there, behind what the cache holds, and sees what mask (T, length) lets through."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
         positions = torch.arange(T, device=idx.device) if pos is None else pos  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)     # (B, T, C)
         x = self.transformer.drop(x)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             inputs = x, None if cache is None else cache[i], pos, mask
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = recompute_in_backward(block, *inputs, use_reentrant=False)  # (B, T, C)
-            else:
-                x = block(*inputs)                                          # (B, T, C)
+            x = recompute_in_backward(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.transformer.ln_f(x)                                     # (B, T, C)
 
     def forward(self, idx, targets=None, return_logits=True):
@@ -160,10 +159,8 @@ class GPT(nn.Module):
         if return_logits:
             logits = self.lm_head(x)                                        # (B, T, V)
             return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype,
-                                               torch.is_grad_enabled())
+        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                               autocast_dtype(x), torch.is_grad_enabled())
 
     def crop_block_size(self, block_size):
         """Shortens the context for good, for example of GPT-2's 1024 tokens to what fits into memory."""
@@ -172,13 +169,11 @@ class GPT(nn.Module):
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
-    # -------------------------------------------------------------------------
-    # training
+    # ---------- training ----------
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
-        """'adamw' decays matrices and embeddings but no bias and no norm, in one fused kernel where PyTorch
-        has it. 'muon' is the same but for the matrices of the blocks, which Muon updates.
-        """
+        """'adamw' decays matrices and embeddings but no bias and no norm; with 'muon' Muon updates the
+        matrices of the blocks."""
         if optimizer not in ('adamw', 'muon'):
             raise ValueError(f"optimizer must be adamw or muon, not {optimizer!r}")
         if not all(0 <= beta < 1 for beta in betas):
@@ -192,47 +187,59 @@ class GPT(nn.Module):
         parts = {p: 3 if name.endswith('c_attn.weight') else 1
                  for name, p in self.transformer.h.named_parameters() if p.dim() == 2}
         groups[0]['params'] = [p for p in groups[0]['params'] if p not in parts]
-        for n in (1, 3):
-            matrices = [p for p in params if parts.get(p) == n]
-            groups.insert(0, {'params': matrices, 'weight_decay': weight_decay, 'parts': n})
-        return Muon(groups, **settings)
+        matrices = [{'params': [p for p in params if parts.get(p) == n], 'weight_decay': weight_decay,
+                     'parts': n} for n in (3, 1)]
+        return Muon([*matrices, *groups], **settings)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model FLOPs utilization: the fraction of peak_flops (FLOP/s, by default an A100's in bfloat16) used
-        if fwdbwd_per_iter sequences of block_size tokens take dt seconds. None if no peak is known.
-        """
+        """Model FLOPs utilization: the share of peak_flops (FLOP/s, by default an A100's in bfloat16) used if
+        fwdbwd_per_iter sequences of block_size tokens take dt seconds. None if no peak is known."""
         c = self.config
         flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size  # PaLM, app. B
         return fwdbwd_per_iter * c.block_size / dt * flops_per_token / peak_flops if peak_flops else None
 
-    # -------------------------------------------------------------------------
-    # sampling
+    # ---------- sampling ----------
 
     def for_sampling(self, device, dtype, pack=True):
-        """Takes the model to `device` for sampling, no longer for training. The weights of products are cast
-        to dtype once. pack: on a CPU in float32 they get oneDNN's layout. A step of 124M with 10 rows then
-        takes 24 ms for products, not 74, and a row's bits do not depend on the number of rows.
+        """Takes the model to `device` for sampling, no longer for training. Weights of products are cast to
+        dtype once, except lm_head's: logits in bfloat16 would tie. pack: a CPU that multiplies dtype itself
+        gets them in oneDNN's layout; 10 rows then take 124M 24 ms, not 74, and rows do not change each other.
         """
         self.eval().to(device)
-        pack = (pack and torch.device(device).type == 'cpu' and dtype == torch.float32
-                and torch.backends.mkldnn.is_available())
+        kind, packable = torch.device(device).type, (torch.float32, *[torch.bfloat16] * has_bfloat16('cpu'))
+        pack = pack and kind == 'cpu' and dtype in packable and torch.backends.mkldnn.is_available()
         for module in self.modules():
-            if not isinstance(module, nn.Linear) or module.weight is None:
+            if type(module) is not nn.Linear or module.weight is None:
                 continue
             if pack:
-                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)  # for 16 rows
+                weight = module.weight.detach().to(torch.float32 if module is self.lm_head else dtype)
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # for 16 rows
                 module.forward = lambda x, w=weight, b=module.bias: packed_linear(x, w, b)
                 module.weight = None                                        # not kept twice
+            elif module is self.lm_head:
+                module.forward = torch.autocast(kind, enabled=False)(module.forward)
             elif dtype != torch.float32:
-                module.weight = nn.Parameter(module.weight.to(dtype))       # no longer shared with wte
+                module.weight = nn.Parameter(module.weight.to(dtype))
                 module.bias = None if module.bias is None else nn.Parameter(module.bias.to(dtype))
         return self
+
+    def packed(self):
+        """This model as for_sampling makes it on a CPU, kept until a weight changes; elsewhere the model."""
+        weight = self.lm_head.weight
+        if self.training or weight is None or weight.device.type != 'cpu' or weight.dtype != torch.float32:
+            return self
+        # a change through p.data alone is not seen
+        state = autocast_dtype(weight), [(p.data_ptr(), 0 if p.is_inference() else p._version)
+                                         for p in self.parameters()]
+        if PACKED.get(self, (None,))[0] != state:
+            shared = deepcopy(self, {id(p): p for p in self.parameters()})  # new modules, the same weights
+            PACKED[self] = state, shared.for_sampling('cpu', state[0])
+        return PACKED[self][1]
 
     def new_cache(self, batch, length):
         """Empty keys and values of `length` tokens in `batch` rows: (2, B, H, length, D) per layer."""
         c, weight = self.config, self.transformer.wte.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = weight.dtype if weight.device.type == 'cpu' else autocast_dtype(weight)
         shape = 2, batch, c.n_head, length, c.n_embd // c.n_head
         return [torch.zeros(shape, device=weight.device, dtype=dtype) for _ in range(c.n_layer)]
 
@@ -249,16 +256,11 @@ class GPT(nn.Module):
         fewest whose probability reaches it (Holtzman et al. 2020). draws (B, max_new_tokens) in [0, 1) is
         all the randomness. Ids from vocab_size on, which only pad the vocabulary, are left out. cache can be
         one from new_cache(B, min(block_size, T + max_new_tokens)). static: every step attends to all of the
-        cache through a mask, so that no shape ever changes.
-
-        Up to block_size tokens each step costs one position. Positions are absolute, so a full window voids
-        the cache: its later half is read anew and the window grows from there.
-        """
-        if draws is None:
-            draws = torch.rand(idx.size(0), max_new_tokens, device=idx.device)
+        cache through a mask, so that no shape ever changes. Positions are absolute, so a window of block_size
+        tokens voids the cache: its later half is read anew and grows from there."""
+        draws = torch.rand(idx.size(0), max_new_tokens, device=idx.device) if draws is None else draws
         (B, T), block_size = (draws.size(0), idx.size(1)), self.config.block_size
-        if cache is None:
-            cache = self.new_cache(B, min(block_size, T + max_new_tokens))
+        cache = cache or self.new_cache(B, min(block_size, T + max_new_tokens))
         positions = torch.arange(cache[0].size(-2), device=idx.device)      # (length,)
         tokens = torch.cat((idx.expand(B, T), idx.new_zeros(B, max_new_tokens)), 1)  # (B, T + max_new_tokens)
         unread, filled = idx[:, -block_size:], 0
@@ -268,11 +270,9 @@ class GPT(nn.Module):
                 filled = unread.size(1)
             else:
                 pos, last = positions[filled:filled + 1], tokens[:, t - 1:t]  # (1,), (B, 1)
-                if static:
-                    logits = self.decode(last, pos, cache, (positions <= pos)[None])  # (B, V)
-                else:
-                    logits = self.decode(last, pos, [kv[..., :filled + 1, :] for kv in cache])
                 filled += 1
+                read = cache if static else [kv[..., :filled, :] for kv in cache]
+                logits = self.decode(last, pos, read, (positions <= pos)[None] if static else None)  # (B, V)
             logits = logits[:, :vocab_size].float().expand(B, -1)
             u = draws[:, t - T:t - T + 1]                                   # (B, 1)
             tokens[:, t:t + 1] = sample_next_token(logits, u, temperature, top_k, top_p)
@@ -280,12 +280,12 @@ class GPT(nn.Module):
             unread = tokens[:, t + 1 - max(1, block_size // 2):t + 1]       # for when the window is full
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **more):
-        """idx (B, T) -> (B, T + max_new_tokens). Further arguments are those of stream."""
-        new = [*self.stream(idx, max_new_tokens, temperature, top_k, **more)]
+        """idx (B, T) -> (B, T + max_new_tokens). Further arguments are those of stream. In eval mode on a CPU
+        the first call copies the weights into a faster layout, and later calls take that."""
+        new = [*self.packed().stream(idx, max_new_tokens, temperature, top_k, **more)]
         return torch.cat((idx.expand(new[0].size(0), -1), *new), dim=1) if new else idx
 
-    # -------------------------------------------------------------------------
-    # weights in and out
+    # ---------- weights in and out ----------
 
     @classmethod
     def from_weights(cls, config, weights):
@@ -300,8 +300,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint, dropout=None):
         """The model of nanoGPT's or our train.py, on the CPU and in eval mode, from a folder with a ckpt.pt
-        (or only a last.pt), from such a file, or from what read_checkpoint returned. Raises ValueError.
-        """
+        (or only a last.pt), from such a file, or from what read_checkpoint returned. Raises ValueError."""
         if not isinstance(checkpoint, dict):
             path = Path(checkpoint)
             if not path.is_file():
@@ -326,8 +325,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """A GPT-2 of transformers, one of GPT2_SIZES or a folder that save_pretrained wrote, or a checkpoint.
-        The logits are transformers' own. override_args may hold a dropout. Eval mode. Raises ValueError.
-        """
+        The logits are transformers' own. override_args may hold a dropout. Eval mode. Raises ValueError."""
         override_args, folder, hub = override_args or {}, Path(model_type), model_type in GPT2_SIZES
         if override_args.keys() - {'dropout'}:
             raise ValueError(f"override_args takes dropout only, not {', '.join(override_args)}")
@@ -371,11 +369,10 @@ class GPT(nn.Module):
         vocab_size = config.get('checkpoint_vocab_size', {}).get(str(hf.vocab_size), hf.vocab_size)
         rows = resize_vocabulary(weights['lm_head.weight'], vocab_size)
         weights['lm_head.weight'] = weights['transformer.wte.weight'] = rows
-        biases = {name: p for name, p in weights.items() if name.endswith('.bias')}
+        biases = [name for name in weights if name.endswith('.bias')]
         # save_pretrained writes zeros for biases that the model lacks; fine-tuning may have moved them
-        bias = getattr(hf, 'bias', True) or any(p.any() for p in biases.values())
-        if not bias:
-            weights = {name: p for name, p in weights.items() if name not in biases}
+        bias = getattr(hf, 'bias', True) or any(weights[name].any() for name in biases)
+        weights = {name: p for name, p in weights.items() if bias or name not in biases}
         model = cls.from_weights(GPTConfig(
             hf.n_positions, vocab_size, hf.n_layer, hf.n_head, hf.n_embd, bias=bias,
             activation=HF_ACTIVATIONS[hf.activation_function], **override_args), weights)
@@ -396,8 +393,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder):
         """Writes the model and its tokenizer as a GPT-2 of transformers with the same logits. The vocabulary
-        has no padding there; from_pretrained pads it again, with other values. Raises ValueError.
-        """
+        has no padding there; from_pretrained pads it again, with other values. Raises ValueError."""
         if self.lm_head.weight is not self.transformer.wte.weight:
             raise ValueError("lm_head and wte are not one weight; after for_sampling it is too late to save")
         forms = {getattr(getattr(block.mlp, 'gelu', 0), 'approximate', 0) for block in self.transformer.h}
@@ -436,27 +432,25 @@ def resize_vocabulary(rows, n):
     return torch.cat((rows[:n], rows.mean(0, keepdim=True).expand(max(0, n - len(rows)), -1)))
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """Skips the functions of torch.nn.init, a second for 124M weights, where other weights follow."""
+    """Skips the functions of torch.nn.init, two seconds for 124M weights, where other weights follow."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__module__', None) == 'torch.nn.init':
             return args[0] if args else kwargs['tensor']
         return func(*args, **kwargs or {})
 
-# -----------------------------------------------------------------------------
-# the loss, Muon, sampling
+# ---------- the loss, Muon, sampling ----------
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, which are never held as a whole: at GPT-2's vocabulary
-    they would be the largest tensor of the training step. Each chunk of rows yields its loss and, while its
-    logits are still there, its gradients; backward only scales them.
+    """Mean cross-entropy of the logits x @ weight.T, which are never held as a whole: of GPT-2 they would be
+    the largest tensor of training. Each chunk of rows yields its loss and its gradients while its logits are
+    still there; backward only scales them.
 
     x (N, C), weight (V, C), targets (N,) with -1 for positions that do not count -> loss (), float32 or
-    wider. dtype is that of the products, with_grad tells whether gradients will be needed.
-    """
+    wider. dtype is that of the products, with_grad tells whether gradients will be needed."""
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):
         N, V = x.size(0), weight.size(0)
-        rows = math.ceil(N / math.ceil(N * V / LOSS_CHUNK))
+        rows = math.ceil(N / math.ceil(N * V / (LOSS_CHUNK if x.device.type == 'cpu' else 4 * LOSS_CHUNK)))
         wide = torch.promote_types(dtype, torch.float32)
         # In float16 the gradients of the logits, at most 1, are divided by 16 before the products: sums over
         # thousands of rows would overflow, and no GradScaler sees them here. Values of 1/V still survive it.
@@ -477,13 +471,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if with_grad:  # d loss / d logits = softmax - one_hot, and zero where nothing counts
                     lse = lse.masked_fill(~keep[:, None], math.inf) - math.log(shrink)
                     d = logits.sub_(lse).exp_()                             # (n, V)
-                    d.scatter_add_(1, target, -shrink * keep[:, None].to(wide))
+                    one_hot = shrink * keep[:, None].to(wide)               # (n, 1)
+                    if torch.compiler.is_compiling():  # Inductor fuses this with exp, but not scatter_add_
+                        d -= (torch.arange(V, device=d.device) == target) * one_hot
+                    else:
+                        d.scatter_add_(1, target, -one_hot)
                     d = d.to(dtype)
                     grad_x[i:i + rows] = d @ w
-                    if dtype == wide:
-                        grad_w.addmm_(d.T, xc)
-                    else:
-                        grad_w += d.T @ xc
+                    grad_w += d.T @ xc
         count = counted.sum().clamp(min=1)
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w, count * shrink)
@@ -499,10 +494,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) for groups with `parts`, AdamW for the
-    others. A matrix moves along the orthogonal factor of its momentum: by as much in its weak directions as
-    in its strong ones. The step is scaled to the size of AdamW's, so that both share one learning rate and
-    weight decay (Liu et al. 2025, arXiv:2502.16982). A parameter stacks `parts` matrices: c_attn three.
-    """
+    others. A matrix moves along the orthogonal factor of its momentum, as far in weak directions as in strong
+    ones. The step has the size of AdamW's, so that both share one learning rate and weight decay (Liu et al.
+    2025, arXiv:2502.16982). A parameter stacks `parts` matrices: c_attn three."""
     MOMENTUM = 0.95
     # Quintics a x + b x^3 + c x^5, each the nearest to 1 on the range that the one before maps [0.002, 1] to
     # (Polar Express, Amsel et al. 2025, arXiv:2505.16932), with 2 % of room: bfloat16 explodes without.
@@ -519,9 +513,7 @@ class Muon(torch.optim.AdamW):
         loss = None if closure is None else torch.enable_grad()(closure)()
         by_shape = {}                                                       # shape -> all matrices of it
         for group in self.param_groups:
-            for p in group['params'] if group.get('parts') else ():
-                if p.grad is None:
-                    continue
+            for p in (p for p in group['params'] if group.get('parts') and p.grad is not None):
                 state = self.state[p]
                 if not state:  # AdamW looks for a step when it is loaded
                     state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
@@ -532,13 +524,13 @@ class Muon(torch.optim.AdamW):
                 for w, u in zip(p.chunk(group['parts']), update.chunk(group['parts']), strict=True):
                     if w.size(0) > w.size(1):
                         w, u = w.mT, u.mT                                   # (n, m), n <= m
-                    by_shape.setdefault(w.shape, []).append((w, u, group['lr']))
-        for (_, m), matrices in by_shape.items():
-            weights, updates, rates = zip(*matrices, strict=True)
+                    by_shape.setdefault((*w.shape, group['lr']), []).append((w, u))
+        for (_, m, lr), matrices in by_shape.items():
+            weights, updates = zip(*matrices, strict=True)
             updates = torch.stack(updates)                                  # (k, n, m)
-            if updates.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+            if has_bfloat16(updates.device.type):
                 updates = updates.bfloat16()                                # precise enough, elsewhere slow
-            for w, u, lr in zip(weights, self.orthogonal(updates), rates, strict=True):
+            for w, u in zip(weights, self.orthogonal(updates), strict=True):
                 w.add_(u, alpha=-lr * 0.2 * math.sqrt(m))                   # 0.2 is about AdamW's RMS
         super().step()
         return loss
@@ -556,15 +548,20 @@ class Muon(torch.optim.AdamW):
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (k, n, m)
         return x
 
+def autocast_dtype(x):
+    """The dtype of products with the tensor x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
 def packed_linear(x, weight, bias):
     """nn.Linear with a weight in oneDNN's own layout, by the operator that torch.compile uses on CPUs."""
-    rows = x.view(-1, x.size(-1))
+    rows = x.reshape(-1, x.size(-1)).to(weight.dtype)
     n = rows.size(0)
     # 4 rows are no slower than 1 (124M: 17 ms against 20), and fewer take kernels that round in another way
     if n < 4:
         rows = F.pad(rows, (0, 0, 0, 4 - n))
     y = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, 'none', [], '')
-    return (y[:n] if n < 4 else y).view(*x.shape[:-1], -1)
+    return y[:n].view(*x.shape[:-1], y.size(-1))
 
 def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
     """One token a row from logits (B, V), by inverting the cumulative distribution at u (B, 1), uniform in
@@ -576,8 +573,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
     ids, use_top_p = None, top_p is not None and top_p < 1
     if use_top_p or top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)                                    # (B, K), descending
-    # temperatures below 1e-30 would be 0 in float32
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # less is 0 in float32
     cdf = logits.softmax(-1).cumsum(-1)                                     # (B, K)
     mass = cdf[:, -1:]                                                      # (B, 1)
     if use_top_p:  # the tokens up to the first at which the distribution reaches top_p
@@ -586,8 +582,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
     choice = torch.searchsorted(cdf, u * mass, right=True).clamp(max=cdf.size(-1) - 1)  # (B, 1)
     return choice if ids is None else ids.gather(1, choice)
 
-# -----------------------------------------------------------------------------
-# checkpoints and the machine at hand
+# ---------- checkpoints and the machine at hand ----------
 
 CHECKPOINT_TYPES = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'tokenizer': dict,
                     'scaler': dict, 'iter_num': int, 'rewinds': int, 'metrics_bytes': int, 'tokens': int}
@@ -626,16 +621,20 @@ PEAK_FLOPS = {
 
 def peak_flops_of(device, dtype):
     """Peak of a CUDA device in FLOP/s; None where unknown: other chips, slices of one, float32."""
-    if torch.device(device).type != 'cuda' or dtype == 'float32':
-        return None
-    name = torch.cuda.get_device_name(device)
+    known = torch.device(device).type == 'cuda' and dtype != 'float32'
+    name = torch.cuda.get_device_name(device) if known else ''
     return next((peak for chip, peak in PEAK_FLOPS.items()
                  if re.search(rf'\b{chip}', name) and 'MIG' not in name), None)
 
+def has_bfloat16(kind):
+    """Whether 'cuda' or 'cpu' multiplies bfloat16 in hardware; of CPUs those with AVX512-BF16 or AMX."""
+    if kind == 'cpu':
+        return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
 def choose_device(device, dtype, local_rank=0):
-    """Fills in what the user left None: cuda, else mps, else cpu; bfloat16 where CUDA has it, float16 on
-    older CUDA, float32 elsewhere. Each local rank gets its own GPU. Returns texts. Raises ValueError.
-    """
+    """Fills in what the user left None: cuda, else mps, else cpu; bfloat16 where the hardware has it, float16
+    on older CUDA, float32 elsewhere. Each local rank gets its own GPU. Returns texts. Raises ValueError."""
     count = {'cuda': torch.cuda.is_available() * torch.cuda.device_count(),
              'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
     kind, _, number = (device or next(kind for kind in count if count[kind])).partition(':')
@@ -646,8 +645,7 @@ def choose_device(device, dtype, local_rank=0):
     if int(number) >= count[kind]:
         raise ValueError(f"device {device!r}: PyTorch finds {count[kind]} here; --device=cpu runs anywhere")
     if dtype is None:
-        has_bf16 = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = 'float32' if kind != 'cuda' else 'bfloat16' if has_bf16 else 'float16'
+        dtype = 'bfloat16' if has_bfloat16(kind) else 'float16' if kind == 'cuda' else 'float32'
     return device, dtype
 
 def compile_method(model, name, call, **options):
@@ -655,6 +653,8 @@ def compile_method(model, name, call, **options):
     try:
         setattr(model, name, torch.compile(getattr(model, name), **options))
         call()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing or failing compiler has errors of many kinds; eager always works
         model.__dict__.pop(name, None)
         return f"torch.compile does not work here, running eager ({one_line(error)})"

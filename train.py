@@ -8,6 +8,7 @@ One machine with 8 GPUs (for several machines see assets/notes.md):
 """
 from __future__ import annotations  # the configurator reads annotations as text
 
+import ctypes
 import json
 import math
 import os
@@ -69,7 +70,7 @@ backend: str | None = None              # of torch.distributed: nccl or gloo
 dist_timeout = 600                      # seconds that a process waits for the others
 device: str | None = None               # cpu, cuda, cuda:1, mps
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # float16 scales its gradients
-compile: bool | None = None             # torch.compile; by default on CUDA only
+compile: bool | None = None             # torch.compile; by default on CUDA without dropout
 peak_flops: float | None = None         # FLOP/s that mfu is measured against
 activation_checkpointing = False        # compute the blocks twice instead of storing them: less memory
 profile = False                         # profile one iteration: a table, and out_dir/trace.json
@@ -87,8 +88,7 @@ from data.common import atomic_write, link, set_aside
 from data.tokenizer import Tokenizer, read_tokenizer_spec
 from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_flops_of, read_checkpoint
 
-# -----------------------------------------------------------------------------
-# The process: its place among the ranks, what it prints and records, how it ends
+# ---------- The process: its place among the ranks, what it prints and records, how it ends ----------
 PROJECT = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
 distributed = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= set(os.environ)  # set by torchrun
 rank, local_rank, world_size = (int(os.environ[name]) if distributed else alone for name, alone in
@@ -224,8 +224,7 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
         dist.all_reduce(values, operation)
     return values
 
-# -----------------------------------------------------------------------------
-# The run and the machine: folder, checkpoint to resume, settings, device
+# ---------- The run and the machine: folder, checkpoint to resume, settings, device ----------
 # Keys that are never taken from a checkpoint; a resumed run takes all others unless they are given
 NOT_TAKEN = 'out_dir init_from eval_only profile device dtype compile backend dist_timeout peak_flops'.split()
 
@@ -299,14 +298,17 @@ device, dtype = choose_device(device, dtype, local_rank)
 device_type = torch.device(device).type
 set_keys(device=device, dtype=dtype, peak_flops=peak_flops or peak_flops_of(device, dtype),
          backend=backend or ('nccl' if device_type == 'cuda' else 'gloo'),
-         compile=(device_type == 'cuda' and sys.platform != 'win32') if compile is None else compile)
+         compile=device_type == 'cuda' and os.name == 'posix' and not dropout if compile is None else compile)
 if distributed and (device_type == 'mps' or not dist.is_backend_available(backend)):
     fail(f"backend {backend!r} on {device}: this PyTorch has none; --device=cpu --backend=gloo runs anywhere")
-if activation_checkpointing and dropout and device_type == 'mps':  # PyTorch cannot restore its random state
-    fail("activation_checkpointing on mps computes another dropout: add --dropout=0.0, or leave it off")
+if dropout and (activation_checkpointing and device_type == 'mps' or compile and device_type == 'cuda'):
+    fail("dropout would not follow the seed: leave off activation_checkpointing on mps, compile on cuda")
 if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 where float32 remains
+with suppress(AttributeError, OSError):  # glibc: to reuse freed memory is faster by a third on CPUs
+    ctypes.CDLL(None).mallopt(-4, 0)    # M_MMAP_MAX: no pages of its own for a large block
+    ctypes.CDLL(None).mallopt(-1, -1)   # M_TRIM_THRESHOLD: nothing goes back to the system
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
@@ -330,8 +332,7 @@ def rng(stream, iteration, micro_step=0):
     shift = 0 if stream.startswith('eval') else rewinds << 32
     return np.random.default_rng((seed, STREAMS[stream], iteration + shift, micro_step))
 
-# -----------------------------------------------------------------------------
-# The model and its optimizer
+# ---------- The model and its optimizer ----------
 data_dir = ROOT / 'data' / (dataset or '')
 prepare_command = f"python {os.path.join(PROJECT, 'data', dataset or '', 'prepare.py')}"
 for path in (data_dir / 'train.bin', data_dir / 'val.bin') if dataset else ():
@@ -396,8 +397,7 @@ for key in model_args:
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 earlier_tokens = checkpoint.get('tokens', start_iter * tokens_per_iter) - start_iter * tokens_per_iter
 
-# -----------------------------------------------------------------------------
-# The data
+# ---------- The data ----------
 def open_bin(path):
     """The tokens of a .bin file, (n,) uint16, read from disk as they are used."""
     size = path.stat().st_size
@@ -442,28 +442,28 @@ def get_batch(stream, iteration, micro_step):
         fail(f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at "
              f"{model_args['vocab_size'] - 1}: was the data prepared with another tokenizer?")
     tokens = torch.from_numpy(tokens.view(np.int16))                           # uint16 is rarely supported
-    if device_type == 'cuda':
-        tokens = tokens.pin_memory()
+    tokens = tokens.pin_memory() if device_type == 'cuda' else tokens
     tokens = tokens.to(device, non_blocking=True).long() & 0xFFFF              # (B, T + 1), unsigned again
-    X, Y = tokens[:, :-1], tokens[:, 1:]
+    X, Y = tokens[:, :-1], tokens[:, 1:].contiguous()
     if in_order:
         Y = Y.masked_fill(torch.from_numpy(positions[:, 1:] >= len(data)).to(device), -1)
     return X, Y
 
-# -----------------------------------------------------------------------------
-# torch.compile, then DistributedDataParallel
+# ---------- torch.compile, then DistributedDataParallel ----------
 log.line(f"tokens per iteration will be: {tokens_per_iter:,}")
 log.line((f"resuming {resume_path} at iteration {start_iter}" if resume_path else
           "a new model" if init_from == 'scratch' else f"weights from {init_from}")
          + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; "
-           f"{device}, {dtype}" + f", {world_size} processes" * distributed)
+           f"{device}, {dtype}" + " (this CPU has units for it)" * (
+               (device, dtype) == ('cpu', 'bfloat16') and 'dtype' not in given_keys)
+         + f", {world_size} processes" * distributed)
 if saving:
     log.line(f"data/{dataset}: {len(train_data):,} tokens to train on, "
              f"{max_iters * tokens_per_iter / len(train_data):.2f} epochs in {max_iters:,} iterations; "
              f"{len(val_data):,} to validate on")
-for key in saved_config:
-    if config[key] != saved_config[key]:
-        log.line(f"{key} was {saved_config[key]!r} in the checkpoint, is {config[key]!r} now")
+for key, saved in {'dtype': dtype, **checkpoint.get('config', {})}.items():
+    if key in (*saved_config, 'dtype') and config[key] != saved:
+        log.line(f"{key} was {saved!r} in the checkpoint, is {config[key]!r} now")
 if saving and iter_num >= max_iters:
     log.line(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
 elif saving and decay_lr and warmup_iters >= max_iters:
@@ -472,8 +472,10 @@ elif saving and decay_lr and lr_decay_iters < max_iters:
     log.line(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
 
 def try_compiled():
-    with autocast:
-        model(*get_batch('train', start_iter, rank), return_logits=False)[1].backward()
+    for training in (False, True):  # evaluation is compiled too
+        with autocast, torch.set_grad_enabled(training):
+            loss = model.train(training)(*get_batch('train', start_iter, rank), return_logits=False)[1]
+    loss.backward()
     model.zero_grad(set_to_none=True)
 
 if compile:
@@ -488,8 +490,7 @@ if distributed:
         fail(f"checkpoints of iterations {-first} and {last} were found: {out_dir} must be one shared folder")
     ddp_model = DistributedDataParallel(model)
 
-# -----------------------------------------------------------------------------
-# Evaluating, the schedule, one iteration, saving, stopping
+# ---------- Evaluating, the schedule, one iteration, saving, stopping ----------
 @torch.no_grad()
 def estimate_loss(batches):
     """Mean losses (train, val) over the same micro-batches every time; None if a stop was requested."""
@@ -630,8 +631,7 @@ def report_profile(profiler):
     log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
     log.start_clock(iter_num + 1)
 
-# -----------------------------------------------------------------------------
-# The loop
+# ---------- The loop ----------
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, request_stop)
 if saving and master_process:

@@ -5,6 +5,7 @@ Some need files that a machine without a network gets by hand:
     TIKTOKEN_CACHE_DIR=…                GPT-2's BPE files as tiktoken caches them
     WIKITEXT=…                          a folder with valid.txt and test.txt of WikiText-2
 `pytest -m "not slow"` runs a minute's selection. `pytest --machines tests/test_machines.py` makes two hosts.
+`pytest --device=cuda` runs the scripts on a GPU.
 """
 import ast
 import atexit
@@ -39,13 +40,18 @@ TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in 
     for b in ('fox jumps', 'dog walks', 'bird flies', 'cat runs')
     for c in ('fence', 'river', 'house', 'hill', 'bridge', 'meadow')))
 
+# where scripts run, whatever the machine prefers
+MACHINE = ['--device=cpu', '--dtype=float32']
+PLACE = 'cpu, float32'
+
 # a network that trains in a second, and its run
-SMALL = ['--dataset=tiny', '--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
+SMALL = [*MACHINE, '--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
          '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=5',
          '--max_iters=5', '--warmup_iters=0', '--learning_rate=1e-2', '--lr_decay_iters=100']
 
 
 def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', help='where train.py and sample.py run: cpu or cuda')
     parser.addoption('--kills', type=int, default=8, help='how often test_kills kills a run')
     parser.addoption('--machines', action='store_true', help='two hosts as network namespaces, 80 seconds')
 
@@ -55,6 +61,10 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_configure(config):
+    if (device := config.getoption('--device')) != 'cpu':  # before any test_*.py imports these names
+        globals().update(MACHINE=[f'--device={device}', '--dtype=float32', '--compile=False'],
+                         PLACE=f'{device}:0, float32')
+        globals().update(SMALL=[*MACHINE, *SMALL[2:]])
     config.addinivalue_line('markers', 'slow: left out by -m "not slow"')
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import MACHINE
 
 
 def read(house, name, split):
@@ -524,9 +525,9 @@ def test_wiki_zh(run, house, tmp_path, wiki):
 @pytest.mark.slow
 def test_trained_tokenizers_in_training(run, tmp_path, wiki):
     """train.py takes the vocabulary of a trained tokenizer, and sample.py reads and writes with it."""
-    small = ['--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2',
+    small = [*MACHINE, '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2',
              '--gradient_accumulation_steps=1', '--max_iters=1', '--eval_iters=1']
-    sample = ['--num_samples=2', '--max_new_tokens=5', '--device=cpu']
+    sample = ['--num_samples=2', '--max_new_tokens=5', *MACHINE]
     (tmp_path / 'book.txt').write_bytes((POEM * 40).encode())
     run('data/custom/prepare.py', '--input=book.txt', '--tokenizer=bpe', '--vocab_size=300', '--name=mytext')
     # 300 rounded up to a multiple of 64

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import SMALL, wait_for
+from conftest import MACHINE, SMALL, wait_for
 from test_survival import assert_close, assert_same_state, load, metrics, names, posix
 
 slow = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_explosion(run, ruin, tmp_path):
     good, bad = load(tmp_path / 'out'), load(tmp_path / 'out', 'last.pt')
     assert (good['iter_num'], bad['iter_num']) == (10, 20) and bad['exploded'] and not good['exploded']
     assert bad['best_val_loss'] == good['best_val_loss']
-    out = run('train.py', '--init_from=auto', '--device=cpu', '--max_iters=20').stdout
+    out = run('train.py', '--init_from=auto', *MACHINE, '--max_iters=20').stdout
     assert 'resuming out/ckpt.pt at iteration 10' in out and 'exploded' not in out
     assert names(tmp_path / 'out') == {'ckpt.pt', 'metrics.jsonl'}
     run('train.py', *RUN, '--max_iters=20', '--out_dir=never')
@@ -93,7 +93,7 @@ def test_rewind(run, start, ruin, tmp_path, how):
     process.kill()
     process.wait()
     assert load(tmp_path / 'killed')['iter_num'] == 10
-    run(script, '--init_from=resume', '--out_dir=killed', '--device=cpu')
+    run(script, '--init_from=resume', '--out_dir=killed', *MACHINE)
     assert_same_state(load(tmp_path / 'killed'), end)
     assert metrics(tmp_path / 'killed') == lines
     run(script, *how, '--out_dir=two', ranks=2)
@@ -130,7 +130,7 @@ def test_another_yardstick(run, house, tmp_path):
         if name != 'meta.pkl':  # the same ids in another order
             content = b''.join(sorted(content[i:i + 2] for i in range(0, len(content), 2)))
         (house / 'data' / 'noise' / name).write_bytes(content)
-    out = run('train.py', '--init_from=resume', '--device=cpu', '--dataset=noise', '--max_iters=21').stdout
+    out = run('train.py', '--init_from=resume', *MACHINE, '--dataset=noise', '--max_iters=21').stdout
     best = re.search(r'^best val loss ([\d.]+)', out, re.M)[1]
     assert 'exploded' not in out and 'step 21: train loss' in out and f'val loss {best}' in out
 
@@ -143,7 +143,7 @@ def test_prepared_again(run, house, tmp_path):
         path = house / 'data' / 'again' / name
         content = path.read_bytes()
         path.write_bytes(b''.join(sorted(content[i:i + 2] for i in range(0, len(content), 2))))
-    out = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=35').stdout
+    out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=35').stdout
     assert 'checkpoint 33: train loss' in out and 'exploded' not in out
     assert load(tmp_path / 'out')['iter_num'] == 35
 
@@ -155,7 +155,7 @@ def test_good_newest_state_stays(run, ruin, tmp_path):
     run(script, *RUN, *how, '--max_iters=13')
     good = load(tmp_path / 'out', 'last.pt')
     assert (load(tmp_path / 'out')['iter_num'], good['iter_num']) == (11, 13)
-    out = run(script, '--init_from=auto', '--device=cpu', '--max_iters=20').stdout
+    out = run(script, '--init_from=auto', *MACHINE, '--max_iters=20').stdout
     assert 'resuming out/last.pt at iteration 13' in out and out.count('exploded') == 2
     assert_same_state(load(tmp_path / 'out', 'last.pt'), good)
 
@@ -174,7 +174,7 @@ def test_kept_checkpoints(run, tmp_path):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    out = run('train.py', '--init_from=auto', '--device=cpu', '--max_iters=10').stdout
+    out = run('train.py', '--init_from=auto', *MACHINE, '--max_iters=10').stdout
     assert len(re.findall('^cannot read out/ckpt(?:-6)?.pt, damaged', out, re.M)) == 2
     assert 'resuming out/ckpt-4.pt at iteration 4' in out
     run('train.py', *how, '--max_iters=10', '--out_dir=never')
@@ -184,7 +184,7 @@ def test_kept_checkpoints(run, tmp_path):
     exploded = {**load(tmp_path / 'out'), 'iter_num': 11, 'exploded': True}
     torch.save(exploded, tmp_path / 'out' / 'last.pt')
     (tmp_path / 'out' / 'ckpt.pt').rename(tmp_path / 'ckpt.pt')  # leaves the exploded one and the kept
-    out = run('train.py', '--init_from=auto', '--device=cpu', '--max_iters=9').stdout
+    out = run('train.py', '--init_from=auto', *MACHINE, '--max_iters=9').stdout
     assert 'resuming out/ckpt-8.pt at iteration 8' in out
     run('train.py', *how, '--max_iters=2')
     assert names(tmp_path / 'out') == {'ckpt.pt', 'metrics.jsonl'} | {f'{name}.old' for name in old}

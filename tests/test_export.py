@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TEXT
+from conftest import MACHINE, SMALL, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from data.tokenizer import char_tokenizer, train_bpe
@@ -310,7 +310,7 @@ def test_a_trained_model(run, text, bpe, tmp_path, kind):
     generate = pipeline('text-generation', str(tmp_path / 'export'), device='cpu')
     start = 'the lazy '
     there = generate(start, do_sample=False, max_new_tokens=20, return_full_text=True)[0]['generated_text']
-    how = [f'--start={start}', '--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--device=cpu',
+    how = [f'--start={start}', '--temperature=0', '--num_samples=1', '--max_new_tokens=20', *MACHINE,
            '--stop=<|endoftext|>']
     assert run('sample.py', *how).stdout == there + '\n' + END
     assert run('sample.py', *how, '--init_from=export').stdout == there + '\n' + END
@@ -345,7 +345,7 @@ def test_wikitext_perplexity(run, house, tmp_path, bpe):
     GPT(GPTConfig(24, 50257, 2, 2, 16)).save_pretrained(tmp_path / 'gpt')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'gpt').eval()
     out = run('train.py', 'config/eval_wikitext.py', f'--init_from={tmp_path / "gpt"}', '--block_size=24',
-              '--batch_size=3', '--device=cpu').stdout
+              '--batch_size=3', *MACHINE).stdout
     ids = np.fromfile(house / 'data' / 'wikitext' / 'val.bin', dtype='<u2').astype(np.int64)
     ids = torch.from_numpy(ids)
     total, words = 0.0, 9 * (4 + 9 + 3)

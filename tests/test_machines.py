@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, launch, wait_for
+from conftest import MACHINE, PLACE, ROOT, SMALL, launch, wait_for
 from test_survival import assert_close, load, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX systems')]
@@ -168,7 +168,7 @@ def assert_followed(alone, tmp_path):
 def test_curve(torchrun, assert_followed):
     """README's command, without another word: the curve of one process."""
     out, nothing = rest([torchrun(n, STATIC, *LONG) for n in range(2)])
-    assert '; cpu, float32, 2 processes\n' in out and out.count('iter 9:') == 1 and 'iter' not in nothing
+    assert f'; {PLACE}, 2 processes\n' in out and out.count('iter 9:') == 1 and 'iter' not in nothing
     assert_followed()
 
 
@@ -222,7 +222,7 @@ def test_link_cut(torchrun, run, hosts):
         assert TIMEOUT - 1 < time.monotonic() - cut < TIMEOUT + 3
     rest(nodes, 1)
     assert time.monotonic() - cut < TIMEOUT + 6
-    out = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=60').stdout
+    out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=60').stdout
     assert 'resuming out/ckpt.pt at iteration ' in out
 
 

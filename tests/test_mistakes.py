@@ -11,7 +11,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import MACHINE, SMALL
 
 slow = pytest.mark.slow
 
@@ -132,7 +132,7 @@ def test_wrong_values_in_a_checkpoint(run, trained, tmp_path, path, value):
         place = place[folder]
     place[name] = value(place[name]) if callable(value) else value
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
-    words = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=9', status=1)
+    words = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=9', status=1)
     assert 'out/ckpt.pt' in words or 'the checkpoint does not fit this model.py' in words or 'memory' in words
 
 
@@ -237,9 +237,9 @@ def test_settings_of_a_checkpoint(run, trained, tmp_path, key, value):
     checkpoint = torch.load(path, weights_only=True)
     good, checkpoint['config'][key] = checkpoint['config'][key], value
     torch.save(checkpoint, path)
-    words = run('train.py', '--init_from=resume', '--device=cpu', status=1)
+    words = run('train.py', '--init_from=resume', *MACHINE, status=1)
     assert words.startswith(f'out/ckpt.pt has {key}={value!r}')
-    run('train.py', '--init_from=resume', '--device=cpu', f'--{key}={good}', '--eval_only=True')
+    run('train.py', '--init_from=resume', *MACHINE, f'--{key}={good}', '--eval_only=True')
 
 
 @slow

@@ -1,6 +1,7 @@
 """model.py against transformers, tests/reference.py in float64, and itself without shortcuts."""
 import copy
 import importlib.util
+import io
 import math
 import pickle
 import shutil
@@ -608,6 +609,9 @@ def test_compile_method(monkeypatch):
 # -----------------------------------------------------------------------------
 # The KV cache and sampling
 
+PACKABLE = pytest.mark.parametrize('dtype', [torch.float32, *[torch.bfloat16] * ours.has_bfloat16('cpu')])
+
+
 @pytest.mark.parametrize('shape, dtype, tolerance', [
     ({}, torch.float64, 1e-12), ({}, torch.float32, 1e-5), (dict(n_layer=1), torch.bfloat16, 0.1),
     (dict(n_layer=1, n_head=1, n_embd=8, bias=False), torch.float64, 1e-12),
@@ -641,39 +645,47 @@ def test_cache_is_exact(shape, dtype, tolerance):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_for_sampling(dtype):
-    """Weights packed or cast in advance: float32 within rounding, halves as autocast does it."""
-    x = tokens(2, 12)
+    """Weights packed or cast in advance: float32 within rounding, halves as autocast does it, but for the
+    logits, which are never rounded to a half.
+    """
+    x, tolerance = tokens(2, 12), {torch.float32: 1e-5, torch.float16: 1e-6, torch.bfloat16: 2e-2}[dtype]
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         net, _, _ = tiny()
-        want = prefill(net, x, net.new_cache(2, 12))
+        hidden = net.hidden(x, net.new_cache(2, 12))[:, -1]
+        with torch.autocast('cpu', enabled=False):
+            want = net.lm_head(hidden)
         net = net.for_sampling('cpu', dtype)
         found = prefill(net, x, net.new_cache(2, 12))
-        assert (found - want).abs().max() < (1e-5 if dtype == torch.float32 else 1e-6)
+        assert found.dtype == torch.float32 and (found - want).abs().max() < tolerance
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@PACKABLE
 @pytest.mark.parametrize('width', [64, 3072])
-def test_packed_linear(width):
+def test_packed_linear(width, dtype):
     """The bits of a row for any number of rows: oneDNN adds up 3072 products of one row in another order."""
     g = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(96, width, generator=g), torch.randn(96, generator=g)
+    weight, bias = torch.randn(96, width, generator=g).to(dtype), torch.randn(96, generator=g).to(dtype)
     packed, x = torch.ops.mkldnn._reorder_linear_weight(weight, 16), torch.randn(33, 1, width, generator=g)
     for b in (None, bias):
         y = ours.packed_linear(x, packed, b)
-        torch.testing.assert_close(y, F.linear(x, weight, b), rtol=1e-4, atol=1e-3)
+        precision = dict(rtol=1e-4, atol=1e-3) if dtype == torch.float32 else dict(rtol=1e-2, atol=0.3)
+        torch.testing.assert_close(y, F.linear(x.to(dtype), weight, b), **precision)
         for n in (1, 2, 3, 4, 7):
             assert torch.equal(ours.packed_linear(x[:n], packed, b), y[:n])
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-def test_a_row_is_its_own():
+@PACKABLE
+def test_a_row_is_its_own(dtype):
     """The bits of a row do not depend on the others or on their number; one prompt serves for all."""
     torch.manual_seed(0)
     net = GPT(GPTConfig(block_size=20, vocab_size=96, n_layer=2, n_head=2, n_embd=64))
-    net.for_sampling('cpu', torch.float32)
+    net.for_sampling('cpu', dtype)
     draws, x = torch.rand(33, 24, generator=torch.Generator().manual_seed(0)), tokens(1, 5)
     def rows(n, first=0, x=x, **how):
-        return torch.cat([*net.stream(x, 24, top_k=50, draws=draws[first:first + n], **how)], dim=1)
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            return torch.cat([*net.stream(x, 24, top_k=50, draws=draws[first:first + n], **how)], dim=1)
     all_rows = rows(33)
     assert len(set(map(tuple, all_rows.tolist()))) == 33
     for n in (1, 3, 16):
@@ -681,6 +693,41 @@ def test_a_row_is_its_own():
     assert torch.equal(rows(7, x=x.expand(7, -1), static=True), all_rows[:7])
     net = copy.deepcopy(net)
     assert torch.equal(rows(3), all_rows[:3])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_generate_packs(monkeypatch):
+    """In eval mode on a CPU generate takes a packed copy, once, and a new one when a weight has changed. The
+    model itself stays as it was: its weights, its training, its copies and what is saved of it.
+    """
+    packings, pack = [], GPT.for_sampling
+    monkeypatch.setattr(GPT, 'for_sampling', lambda net, *how: packings.append(how) or pack(net, *how))
+    x, draws = tokens(2, 5), torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
+    def text(net):
+        return net.generate(x, 6, draws=draws).tolist()
+    net = tiny()[0]
+    names, want = [*net.state_dict()], torch.cat([x, *net.stream(x, 6, draws=draws)], 1).tolist()
+    assert text(net) == text(net) == want and packings == [('cpu', torch.float32)]
+    assert text(net.train()) == want and len(packings) == 1  # without dropout the same
+    net.eval()
+    for change in (lambda p: p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1))),
+                   lambda p: setattr(p, 'data', p.data.roll(1, 0)),
+                   lambda p: net.load_state_dict(tiny()[0].state_dict())):
+        with torch.no_grad():
+            change(net.lm_head.weight)
+        fresh = copy.deepcopy(net)
+        assert text(net) == torch.cat([x, *fresh.stream(x, 6, draws=draws)], 1).tolist()
+    assert len(packings) == 4 and text(net) == want
+    with torch.autocast('cpu', torch.bfloat16):
+        text(net)
+    assert packings[-1] == ('cpu', torch.bfloat16)
+    assert [*net.state_dict()] == names and len([*net.modules()]) == len([*tiny()[0].modules()])
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    assert text(torch.load(file, weights_only=False)) == want
+    net.train()(x, x)[1].backward()
+    assert net.lm_head.weight.grad is not None
 
 
 @pytest.mark.parametrize('prompt', [1, 4, 12, 20])
@@ -792,10 +839,11 @@ def test_muon_is_orthogonal(dtype):
     assert not orthogonal(torch.zeros(1, 4, 4)).any()
 
 
-def test_muon_steps():
+def test_muon_steps(monkeypatch):
     """Three steps against Muon written out with float64 decompositions, one matrix at a time, and PyTorch's
     AdamW for the rest.
     """
+    monkeypatch.setattr(ours, 'has_bfloat16', lambda kind: False)
     net, muon, names = with_muon()
     p = {name: q.detach().clone().requires_grad_() for q, name in names.items()}
     hidden = [names[q] for group in muon.param_groups[:2] for q in group['params']]

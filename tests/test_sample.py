@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import MACHINE, PLACE
 from reference import gpt_logits
 
 from data.tokenizer import Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
@@ -52,7 +53,7 @@ def sample(house, trained, monkeypatch, capsys):
     def sample(*arguments, script='sample.py', stdin='', cwd=trained):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the configurator has one
-        monkeypatch.setattr(sys, 'argv', [script, '--device=cpu', *arguments])
+        monkeypatch.setattr(sys, 'argv', [script, *MACHINE, *arguments])
         monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
         runpy.run_path(str(house / script), run_name='__main__')
         sample.out, sample.err = capsys.readouterr()
@@ -104,14 +105,14 @@ def test_alphabet_without_a_newline(run, tmp_path):
     net = GPT(GPTConfig(16, 3, 1, 1, 8))
     torch.save({'model': net.state_dict(), 'model_args': vars(net.config), 'iter_num': 1, 'config': {},
                 'tokenizer': char_tokenizer('abc').spec}, tmp_path / 'ckpt.pt')
-    how = ['--out_dir=.', '--device=cpu', '--num_samples=1', '--max_new_tokens=9']
+    how = ['--out_dir=.', *MACHINE, '--num_samples=1', '--max_new_tokens=9']
     assert re.fullmatch(r'\n[abc]{9}\n-+\n', run('sample.py', *how).stdout)
     assert "does not know the character '\\n'" in run('sample.py', *how, '--start=a\nb', status=1)
 
 
 def test_folder_with_a_checkpoint(run, tmp_path, trained):
     """--init_from takes a folder with a checkpoint, or the file, as --out_dir does; no other folder."""
-    how = ['--device=cpu', '--num_samples=1', '--max_new_tokens=20']
+    how = [*MACHINE, '--num_samples=1', '--max_new_tokens=20']
     want = run('sample.py', *how, cwd=trained).stdout
     for path in ('out', 'out/ckpt.pt'):
         assert run('sample.py', *how, f'--init_from={path}', cwd=trained).stdout == want
@@ -123,7 +124,7 @@ def test_speeds(sample):
     """Prefill and decode apart, on stderr; the first new token comes out of prefill."""
     sample('--num_samples=3', '--start=the ', '--max_new_tokens=11')
     speed = r'tokens in [\d.]+ s, \d+ tok/s; '
-    assert re.search(rf'^prefill 4 {speed}decode 30 {speed}cpu, float32\n\Z', sample.err, re.M)
+    assert re.search(rf'^prefill 4 {speed}decode 30 {speed}{PLACE}\n\Z', sample.err, re.M)
 
 
 def test_stop(sample):
@@ -208,7 +209,7 @@ def test_nobody_reads(start, trained, tmp_path):
     """python sample.py … | head: it ends, and says no word about that."""
     errors = tmp_path / 'errors'
     errors.write_text('')
-    process = start('--device=cpu', f'--out_dir={trained / "out"}', '--num_samples=1',
+    process = start(*MACHINE, f'--out_dir={trained / "out"}', '--num_samples=1',
                     '--max_new_tokens=100000', '--stream=True', script='sample.py', stderr=errors)
     assert process.stdout.read(10)
     process.stdout.close()
@@ -222,7 +223,7 @@ def test_full_disk_and_memory(run, start, trained, tmp_path):
     """Both are one line and status 1. A traceback came with the second."""
     errors = tmp_path / 'errors'
     errors.write_text('')
-    how = ['--device=cpu', f'--out_dir={trained / "out"}', '--num_samples=1']
+    how = [*MACHINE, f'--out_dir={trained / "out"}', '--num_samples=1']
     process = start(*how, script='sample.py', stdout='/dev/full', stderr=errors, real=True)
     assert process.wait(60) == 1
     assert errors.read_text().splitlines()[1:] == ['cannot write the text: No space left on device']
@@ -274,7 +275,7 @@ def test_whole_characters(sample, tmp_path):
 @pytest.mark.slow
 def test_compile(run, trained):
     """Compiled with static shapes, the text stays. (It would if decode failed to compile and ran eager.)"""
-    how = ['--device=cpu', '--num_samples=2', '--max_new_tokens=20', '--start=the lazy dog ']
+    how = [*MACHINE, '--num_samples=2', '--max_new_tokens=20', '--start=the lazy dog ']
     plain, compiled = (run('sample.py', *how, f'--compile={value}', cwd=trained) for value in (False, True))
     assert 'running eager' not in compiled.stderr or not shutil.which('g++')
     assert len(texts(compiled.stdout)) == 2 and compiled.stdout == plain.stdout
@@ -284,7 +285,7 @@ def test_compile(run, trained):
 def test_process(run, sample, trained):
     """As a process of its own: the text alone on stdout, as UTF-8, from a prompt on stdin."""
     how = ['--num_samples=2', '--max_new_tokens=20', '--start=-']
-    done = run('sample.py', '--device=cpu', *how, stdin='the lazy ', cwd=trained)
+    done = run('sample.py', *MACHINE, *how, stdin='the lazy ', cwd=trained)
     assert texts(done.stdout) == sample(*how, stdin='the lazy ')
     first, second = done.stderr.splitlines()
     assert first == 'out/ckpt.pt: weights of iteration 60' and second.startswith('prefill 9 tokens')
@@ -298,7 +299,7 @@ def test_nanogpt_checkpoint(run, sample, trained, tmp_path):
     (tmp_path / 'out').mkdir()
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
     how = ['--num_samples=1', '--max_new_tokens=20']
-    assert texts(run('sample.py', '--device=cpu', *how, cwd=tmp_path).stdout) == sample(*how)
+    assert texts(run('sample.py', *MACHINE, *how, cwd=tmp_path).stdout) == sample(*how)
     checkpoint['config']['dataset'] = 'elsewhere'
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
     error = run('sample.py', status=1, cwd=tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, children, wait_for
+from conftest import MACHINE, PLACE, SMALL, children, wait_for
 from reference import points, read_wandb_runs
 
 slow = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_killed_and_resumed(run, start, tmp_path, dtype):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert 0 < load(tmp_path / 'b')['iter_num'] < 24
-    run('train.py', '--out_dir=b', '--init_from=resume', '--device=cpu', f'--dtype={dtype}')
+    run('train.py', '--out_dir=b', '--init_from=resume', *MACHINE, f'--dtype={dtype}')
     assert_same_state(load(tmp_path / 'a'), load(tmp_path / 'b'))
     lines = metrics(tmp_path / 'a')
     assert lines == metrics(tmp_path / 'b') and len(lines) == 24 + 3
@@ -88,10 +88,10 @@ def test_number_of_ranks(run, tmp_path):
     """
     how = [*SMALL, '--gradient_accumulation_steps=4', '--dropout=0.2', '--sampler=epoch', '--eval_iters=3',
            '--max_iters=25', '--eval_interval=10', '--learning_rate=1e-3']
-    more = ['--init_from=resume', '--device=cpu', '--eval_iters=None', '--max_iters=40']
+    more = ['--init_from=resume', *MACHINE, '--eval_iters=None', '--max_iters=40']
     run('train.py', *how, '--out_dir=one')
     out = run('train.py', *how, '--out_dir=two', ranks=2).stdout
-    assert 'tokens per iteration will be: 256\n' in out and '; cpu, float32, 2 processes\n' in out
+    assert 'tokens per iteration will be: 256\n' in out and f'; {PLACE}, 2 processes\n' in out
     assert out.count('step 10:') == out.count('iter 9:') == out.count('best val loss') == 1
     shutil.copytree(tmp_path / 'two', tmp_path / 'two-one')
     perplexities = []
@@ -201,7 +201,7 @@ def test_polite_stop_of_ranks(run, start, tmp_path):
     out = process.stdout.read()
     assert process.wait() == 0 and out.count('stopped before iteration') == 1 and '`torchrun … ' in out
     first = load(tmp_path / 'out')['iter_num']
-    process = start('--init_from=resume', '--device=cpu', ranks=2, env=env)
+    process = start('--init_from=resume', *MACHINE, ranks=2, env=env)
     wait_for(process, f'iter {first + 25}:')
     process.send_signal(signal.SIGTERM)
     out = process.stdout.read()
@@ -280,7 +280,7 @@ def test_early_stop_harms_nothing(run, start, tmp_path):
     run('train.py', *SMALL)
     before = contents(tmp_path / 'out')
     counted = load(tmp_path / 'out')['metrics_bytes']
-    again = ['--init_from=resume', '--device=cpu', '--max_iters=9']
+    again = ['--init_from=resume', *MACHINE, '--max_iters=9']
     for how, iteration, says in ((SMALL, 0, 'nothing has changed'), (again, 5, 'go on with')):
         process = start(*how, '--eval_iters=100000')
         wait_for(process, 'data/tiny: ')
@@ -320,7 +320,7 @@ def test_best_and_last(run, start, tmp_path):
     out = run('train.py', *SMALL, *how, '--max_iters=4').stdout
     assert 'resume' not in out and names(tmp_path / 'out') == {'ckpt.pt', 'metrics.jsonl'}
     best = load(tmp_path / 'out')
-    again = ['--init_from=auto', '--device=cpu', '--learning_rate=0.1']
+    again = ['--init_from=auto', *MACHINE, '--learning_rate=0.1']
     out = run('train.py', *again, '--max_iters=6').stdout
     assert 'resuming out/ckpt.pt at iteration 4' in out
     last = load(tmp_path / 'out', 'last.pt')
@@ -329,7 +329,7 @@ def test_best_and_last(run, start, tmp_path):
     out = run('train.py', *again, '--max_iters=8').stdout
     assert 'resuming out/last.pt at iteration 6' in out and load(tmp_path / 'out', 'last.pt')['iter_num'] == 8
     assert_same_state(best, load(tmp_path / 'out'))
-    text = run('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=20').stdout
+    text = run('sample.py', *MACHINE, '--num_samples=1', '--max_new_tokens=20').stdout
     old = contents(tmp_path / 'out')
     for suffix in ('.old', '.old1'):
         out = run('train.py', *SMALL, *how, '--max_iters=2').stdout
@@ -343,7 +343,7 @@ def test_best_and_last(run, start, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
     assert names(tmp_path / 'worse') == {'last.pt', 'metrics.jsonl'}  # it was not evaluated
-    worse = ['--out_dir=worse', '--device=cpu', '--num_samples=1', '--max_new_tokens=20']
+    worse = ['--out_dir=worse', *MACHINE, '--num_samples=1', '--max_new_tokens=20']
     assert run('sample.py', *worse).stdout != text
     out = run('train.py', *again, '--out_dir=worse', '--max_iters=3').stdout
     assert 'resuming worse/last.pt at iteration ' in out
@@ -352,8 +352,8 @@ def test_best_and_last(run, start, tmp_path):
 def test_tokens_with_another_batch_size(run, tmp_path):
     """The count of tokens in metrics.jsonl goes on where it was, twice."""
     run('train.py', *SMALL, '--max_iters=3')
-    run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=5', '--batch_size=6')
-    run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=6', '--gradient_accumulation_steps=1')
+    run('train.py', '--init_from=resume', *MACHINE, '--max_iters=5', '--batch_size=6')
+    run('train.py', '--init_from=resume', *MACHINE, '--max_iters=6', '--gradient_accumulation_steps=1')
     tokens = [line['tokens'] for line in metrics(tmp_path / 'out') if line['kind'] == 'train']
     assert tokens == [0, 128, 256, 384, 384 + 192, 384 + 2 * 192]
     assert load(tmp_path / 'out')['tokens'] == 384 + 2 * 192 + 96
@@ -370,13 +370,13 @@ def test_torn_metrics(run, tmp_path):
     whole = path.read_bytes()
     assert 0 < size < len(whole)  # the last evaluation comes behind its checkpoint
     path.write_bytes(whole + b'{"kind": "train", "iter": 5, "loss": 1.0}\n{"kind": "train", "iter": 6, "lo')
-    run('train.py', '--init_from=resume', '--max_iters=7', '--device=cpu')
+    run('train.py', '--init_from=resume', '--max_iters=7', *MACHINE)
     assert path.read_bytes()[:size] == whole[:size]
     assert metrics(tmp_path / 'out') == metrics(tmp_path / 'alone')
     cut = whole[:size // 2]
     assert not cut.endswith(b'\n')
     path.write_bytes(cut)  # by somebody, in the middle of a line
-    run('train.py', '--init_from=resume', '--max_iters=8', '--device=cpu')
+    run('train.py', '--init_from=resume', '--max_iters=8', *MACHINE)
     again = path.read_bytes().removeprefix(cut[:cut.rfind(b'\n') + 1])
     assert again.startswith(b'{"kind": "train", "iter": 7, ') or b'"iter": 7, ' in again.splitlines()[1]
     assert all(json.loads(line) for line in path.read_text().splitlines())
@@ -400,7 +400,7 @@ def test_damaged_checkpoint(run, tmp_path):
     """resume leaves out a damaged file and says so; if there is no other, that is the error."""
     how = ['--decay_lr=False', '--eval_interval=2', '--always_save_checkpoint=False']
     run('train.py', *SMALL, *how, '--max_iters=4')
-    again = ['--init_from=auto', '--device=cpu', '--learning_rate=0.1']
+    again = ['--init_from=auto', *MACHINE, '--learning_rate=0.1']
     run('train.py', *again, '--max_iters=6')
     last = tmp_path / 'out' / 'last.pt'
     data = bytearray(last.read_bytes())
@@ -456,7 +456,7 @@ def test_loss_that_is_not_finite(run, tmp_path):
     """One line where it is seen: in the log or before a save. The good checkpoint stays."""
     run('train.py', *SMALL)
     good = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
-    how = ['--init_from=resume', '--device=cpu', '--learning_rate=1e38', '--min_lr=1e38', '--max_iters=60',
+    how = ['--init_from=resume', *MACHINE, '--learning_rate=1e38', '--min_lr=1e38', '--max_iters=60',
            '--eval_interval=50']
     words = run('train.py', *how, '--log_interval=40', status=1)
     assert words.startswith('iteration 40: the loss is not finite. Go on from the last')
@@ -516,7 +516,7 @@ def test_disk_full(run, tmp_path):
     run('train.py', *SMALL)
     before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
     for how in (['--init_from=resume', '--max_iters=9'], SMALL):  # the same run, and a new one in its folder
-        words = run('train.py', *how, '--device=cpu', status=1, file_size=len(before) // 2)
+        words = run('train.py', *how, *MACHINE, status=1, file_size=len(before) // 2)
         assert re.fullmatch(r'out(/ckpt\.pt\.part)?: File too large\n', words)
         assert (tmp_path / 'out' / 'ckpt.pt').read_bytes() == before
         assert names(tmp_path / 'out') - {'metrics.jsonl.part'} == {'ckpt.pt', 'metrics.jsonl'}

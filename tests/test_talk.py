@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, wait_for
+from conftest import MACHINE, PLACE, SMALL, wait_for
 from reference import points, read_wandb_runs
 
 from data.common import write_characters
@@ -32,7 +32,7 @@ def test_before_and_after(run, house, tmp_path):
     head, rest = out.split('step 0:', 1)
     assert head == (
         "tokens per iteration will be: 128\n"
-        "a new model: 0.03M parameters, vocabulary 40; cpu, float32\n"
+        f"a new model: 0.03M parameters, vocabulary 40; {PLACE}\n"
         f"data/tiny: {train:,} tokens to train on, {20 * 128 / train:.2f} epochs in 20 iterations; "
         f"{val:,} to validate on\n")
     found = ITER.findall(rest)
@@ -78,7 +78,7 @@ def test_finished_run(run, tmp_path):
     """Resuming a run that has all its iterations trains nothing, and says what to raise."""
     run('train.py', *SMALL, '--lr_decay_iters=5')
     before = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
-    resume = ['--init_from=resume', '--out_dir=out', '--device=cpu']
+    resume = ['--init_from=resume', '--out_dir=out', *MACHINE]
     out = run('train.py', *resume).stdout
     line = 'max_iters 5 is reached: to go on, raise --max_iters and --lr_decay_iters\n'
     assert out.count(line) == 1 and 'iter ' not in out and out.index(line) < out.index('step 5:')
@@ -150,7 +150,7 @@ def test_notebook(run, house, tmp_path, real):
 @slow
 def test_time_left(start):
     """By the mean speed of this run, evaluations included, those before its first step left out."""
-    for how in ([*SMALL, '--eval_interval=25'], ['--init_from=resume', '--device=cpu', '--eval_interval=50']):
+    for how in ([*SMALL, '--eval_interval=25'], ['--init_from=resume', *MACHINE, '--eval_interval=50']):
         process = start(*how, '--max_iters=5000000', '--eval_iters=150')
         first = 0 if how[0] == SMALL[0] else 25
         out = wait_for(process, f'iter {first + 30}:')
@@ -271,7 +271,7 @@ def test_whole_validation(run, house, tmp_path):
         logits = model.lm_head(model.hidden(x[None]))[0]
         total += torch.nn.functional.cross_entropy(logits, y, reduction='sum').item()
     for batch_size in (1, 4, 100):
-        out = run('train.py', '--init_from=resume', '--device=cpu', '--eval_only=True', '--eval_iters=None',
+        out = run('train.py', '--init_from=resume', *MACHINE, '--eval_only=True', '--eval_iters=None',
                   f'--batch_size={batch_size}').stdout
         assert float(re.search(r'val loss ([\d.]+)', out)[1]) == pytest.approx(total / 92, abs=6e-5)
         found = re.search(r'^val.bin once through: perplexity ([\d.]+) per token \(92\), '
@@ -345,7 +345,7 @@ def test_wandb_history(run, start, tmp_path, monkeypatch):
     out += process.stdout.read()
     assert process.wait() == 0, out
     end = int(re.search(r'^stopped before iteration (\d+)', out, re.M)[1]) + 25
-    run('train.py', *how, '--device=cpu', f'--max_iters={end}', env=env)
+    run('train.py', *how, *MACHINE, f'--max_iters={end}', env=env)
     (name, first), (again, second) = read_wandb_runs(tmp_path)
     assert name == again and first and second
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()]

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, function
+from conftest import MACHINE, PLACE, SMALL, function
 from reference import adamw, gpt_logits, gpt_loss, random_parameters, write_nanogpt_checkpoint
 
 from data.common import write_characters
@@ -134,7 +134,7 @@ def test_resume_is_exact(run, tmp_path, optimizer):
     long = [*SMALL, '--dropout=0.2', '--eval_interval=3', f'--optimizer={optimizer}']
     run('train.py', *long, '--max_iters=6', '--out_dir=a')
     run('train.py', *long, '--max_iters=3', '--out_dir=b')
-    how = ['--init_from=auto', '--out_dir=b', '--device=cpu']
+    how = ['--init_from=auto', '--out_dir=b', *MACHINE]
     out = run('train.py', *how, '--max_iters=6').stdout
     assert re.findall('^.* was .* now$', out, re.M) == ['max_iters was 3 in the checkpoint, is 6 now']
     a, b = (load(tmp_path / name) for name in 'ab')
@@ -154,7 +154,7 @@ def test_resume_obeys_the_command_line(run, tmp_path):
     now holds, and the rest is the checkpoint's: the command line's defaults once ran instead.
     """
     run('train.py', *SMALL, '--beta1=0.85', '--sampler=epoch')
-    out = run('train.py', '--device=cpu', '--init_from=resume', '--n_embd=64', '--block_size=8',
+    out = run('train.py', *MACHINE, '--init_from=resume', '--n_embd=64', '--block_size=8',
               '--weight_decay=0.3', '--beta2=0.9', '--max_iters=7').stdout
     assert 'n_embd is 32, as the weights have it, not 64\n' in out
     assert 'block_size was 16 in the checkpoint, is 8 now\n' in out
@@ -175,8 +175,8 @@ def test_keys_of_the_machine_are_not_resumed(run, tmp_path):
     saved['config'].update(device='cuda:7', dtype='bfloat16', compile=True, backend='nccl', eval_only=True,
                            profile=True, out_dir='elsewhere', init_from='scratch')
     torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
-    out = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=6').stdout
-    assert '; cpu, float32\n' in out and 'compile' not in out and 'iter 5:' in out and 'device' not in out
+    out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=6').stdout
+    assert f'; {PLACE}\n' in out and 'compile' not in out and 'iter 5:' in out and 'device' not in out
     assert load(tmp_path / 'out')['config']['device'] == 'cpu' and not (tmp_path / 'elsewhere').exists()
 
 
@@ -192,7 +192,7 @@ def test_best_checkpoint(run, tmp_path):
     saved = load(tmp_path / 'out')
     assert saved['iter_num'] == best and saved['best_val_loss'] == pytest.approx(lowest, abs=1e-4)
     assert load(tmp_path / 'out', 'last.pt')['iter_num'] == 5
-    steps, _ = losses(run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=12').stdout)
+    steps, _ = losses(run('train.py', '--init_from=resume', *MACHINE, '--max_iters=12').stdout)
     assert min(steps, key=lambda i: steps[i][1]) == 12, steps  # likewise
     assert load(tmp_path / 'out')['iter_num'] == 12 and not (tmp_path / 'out' / 'last.pt').exists()
     run('train.py', *worse, '--out_dir=all')
@@ -252,7 +252,7 @@ def test_finetune_transformers_folder(run, house, tmp_path, bpe):
     assert steps[0] == pytest.approx(want, abs=1.01e-4) and steps[20][1] < steps[0][1] - 0.3
     saved = load(tmp_path / 'out')
     assert saved['model_args'] == {**SHAPE, 'bias': True, 'vocab_size': 50257, 'activation': 'gelu_tanh'}
-    text = run('sample.py', '--device=cpu', '--num_samples=2', '--max_new_tokens=9', '--start=the').stdout
+    text = run('sample.py', *MACHINE, '--num_samples=2', '--max_new_tokens=9', '--start=the').stdout
     assert text.count('the') >= 2 and text.count('---------------') == 2
     words = run('train.py', *SMALL, f'--init_from={tmp_path / "gpt2"}', '--max_iters=6', status=1)
     assert 'data/tiny was prepared with another tokenizer than ' in words
@@ -291,9 +291,9 @@ def test_ints_of_nanogpt(run, tmp_path):
     saved = load(tmp_path / 'out')
     saved['config'].update(dropout=0, weight_decay=0, warmup_iters=2.0)
     torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
-    words = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=6', status=1)
+    words = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=6', status=1)
     assert words == 'out/ckpt.pt has warmup_iters=2.0: set it to what --help lists\n'
-    how = ['--init_from=resume', '--device=cpu', '--max_iters=6', '--warmup_iters=2']
+    how = ['--init_from=resume', *MACHINE, '--max_iters=6', '--warmup_iters=2']
     assert 'weight_decay' not in run('train.py', *how).stdout
     assert load(tmp_path / 'out')['config']['weight_decay'] == 0.0
 
@@ -307,7 +307,7 @@ def test_resume_with_another_alphabet(run, house):
     (house / 'data' / 'moved' / 'meta.pkl').unlink()
     words = run('train.py', *SMALL, '--dataset=moved', '--init_from=resume', status=1)
     assert 'data/moved was prepared with another tokenizer than out/ckpt.pt' in words
-    run('sample.py', '--num_samples=1', '--max_new_tokens=2', '--device=cpu')
+    run('sample.py', '--num_samples=1', '--max_new_tokens=2', *MACHINE)
 
 
 @slow
@@ -372,7 +372,7 @@ def test_epoch_of_a_resumed_run(run, house, altered, tmp_path):
     spying, blocks = altered(SPY), 3000 // 16 - 1
 
     def draws(*arguments):
-        out = run(spying, *arguments, '--device=cpu', '--max_iters=25', '--eval_interval=100').stdout
+        out = run(spying, *arguments, *MACHINE, '--max_iters=25', '--eval_interval=100').stdout
         return [int(start) for line in re.findall('^drew (.*)$', out, re.M) for start in line.split()]
     whole = draws(*SMALL, '--dataset=positions', '--sampler=epoch', '--out_dir=a')
     assert len(whole) == 25 * 8 and len(set(whole[:blocks])) == blocks
@@ -444,7 +444,7 @@ def test_compile_falls_back(run, altered, tmp_path):
 @slow
 def test_bench(run, tmp_path):
     """config/bench.py: no data, no files, and one JSON object at the end with the figures of the lines."""
-    small = ['config/bench.py', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=32',
+    small = ['config/bench.py', *MACHINE, '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=32',
              '--batch_size=2', '--gradient_accumulation_steps=2']
     out = run('train.py', *small, '--max_iters=8').stdout
     assert 'step ' not in out and not list(tmp_path.iterdir())
