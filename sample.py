@@ -78,7 +78,7 @@ autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32
 
 # one batch if the caches of all samples fit into half the memory, else several of one size
 c, number_size = model.config, 4 if dtype == 'float32' else 2
-length = min(c.block_size, len(prompt) + max_new_tokens)
+length = 64 * math.ceil(min(c.block_size, len(prompt) + max_new_tokens) / 64)  # else CUDA pads every mask
 memory = torch.cuda.mem_get_info(device)[0] if kind == 'cuda' else 2 ** 33
 if kind != 'cuda' and hasattr(os, 'sysconf'):
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')

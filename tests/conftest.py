@@ -44,6 +44,14 @@ TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in 
 MACHINE = ['--device=cpu', '--dtype=float32']
 PLACE = 'cpu, float32'
 
+# code for `altered`: torch.compile without a compiler, which says whenever it makes a graph
+TRACED = """import torch
+torch_compile, aot_eager = torch.compile, torch._dynamo.lookup_backend('aot_eager')
+def backend(module, inputs):
+    print('a graph')
+    return aot_eager(module, inputs)
+torch.compile = lambda method, **how: torch_compile(method, backend=backend, fullgraph=True)"""
+
 # a network that trains in a second, and its run
 SMALL = [*MACHINE, '--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
          '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=5',

@@ -1,5 +1,6 @@
 """model.py against transformers, tests/reference.py in float64, and itself without shortcuts."""
 import copy
+import ctypes
 import importlib.util
 import io
 import math
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from reference import adamw, gpt_logits, gpt_loss, random_parameters
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -573,20 +575,29 @@ def test_compiled_without_a_break(monkeypatch, mode, checkpointing):
 
 
 @pytest.mark.slow
-@torch.no_grad()
-def test_compiled_decode():
-    """With a static cache one graph serves for every position: each new one would cost seconds."""
+@pytest.mark.parametrize('dtype, length', [(None, 12), (torch.float32, 64), (torch.bfloat16, 64)])
+@torch.inference_mode()
+def test_compiled_decode(dtype, length):
+    """With a static cache one graph serves for every position: each new one would cost seconds. So it does
+    after for_sampling, whose lm_head leaves autocast, and with a cache that is longer than the context.
+    """
     net, _, _ = tiny(n_layer=1)
+    if dtype:
+        net.for_sampling('cpu', dtype, pack=False)
     torch._dynamo.reset()
-    x, positions = tokens(2, 12), torch.arange(12)
-    want, cache = all_logits(net, x), net.new_cache(2, 12)
-    prefill(net, x[:, :4], cache)
+    x, positions = tokens(2, 12), torch.arange(length)
     decode = torch.compile(net.decode, backend='aot_eager', fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with (torch._dynamo.config.patch(error_on_recompile=True),
+          torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16)):
+        cache = net.new_cache(2, length)
+        prefill(net, x[:, :4], cache)
+        want = [kv.clone() for kv in cache]
         for t in range(4, 12):
-            pos = positions[t:t + 1]
-            logits = decode(x[:, t:t + 1], pos, cache, (positions <= pos)[None])
-            assert (logits - want[:, t]).abs().max() < 1e-5
+            call = x[:, t:t + 1], positions[t:t + 1]
+            logits = decode(*call, cache, (positions <= call[1])[None])
+            assert logits.dtype == torch.float32 and torch.equal(
+                logits, net.decode(*call, want, (positions <= call[1])[None]))
+        assert all(map(torch.equal, cache, want))
 
 
 def test_compile_method(monkeypatch):
@@ -604,6 +615,93 @@ def test_compile_method(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda function, mode: lambda *args: (function(*args)[0] + 1, None))
     assert ours.compile_method(net, 'forward', lambda: net(tokens(2, 5)), mode='default') is None
     assert torch.equal(net(tokens(2, 5))[0], want + 1)
+
+
+# -----------------------------------------------------------------------------
+# CUDA without a GPU: fake tensors have a shape, a dtype and a device, and refuse to mix devices
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Within it torch.empty(…, device='cuda') works anywhere, and PyTorch believes in a GPU with bfloat16."""
+    guards = None
+    if not torch.backends.cuda.is_built():  # then CUDA has no device guard: the meta device's does as well
+        try:
+            guards = (ctypes.c_void_p * 15).in_dll(ctypes.CDLL('libc10.so'),
+                                                   '_ZN3c104impl26device_guard_impl_registryE')
+        except (OSError, ValueError):
+            pytest.skip("this build of PyTorch hides its device guards")
+        guards[1] = guards[14]
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
+    monkeypatch.setattr(GPT, 'to', lambda net, device: net)  # fake parameters cannot move, and need not
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        yield
+    if guards:
+        guards[1] = None
+
+
+def fake_gpt(**changes):
+    with torch.device('cuda'):
+        return GPT(GPTConfig(**{**ARGS, **changes}))
+
+
+def facts(*tensors):
+    return [(t.device.type, t.dtype, *t.shape) for t in tensors]
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_training_on_fake_cuda(fake_cuda, monkeypatch, checkpointing):
+    """Forward under autocast and both losses, the chunked one with its backward, and a step of each
+    optimizer. Autograd's engine itself needs a GPU: everything in backward but our own is PyTorch's.
+    """
+    monkeypatch.setattr(ours, 'LOSS_CHUNK', 29 * 5)  # four times as much on a GPU: two chunks
+    net = fake_gpt(dropout=0.1)
+    net.activation_checkpointing = checkpointing
+    x = torch.zeros(3, 12, dtype=torch.long, device='cuda')
+    with torch.autocast('cuda', torch.bfloat16):
+        logits, loss = net(x, x)
+        assert facts(logits, loss) == [('cuda', torch.bfloat16, 3, 12, 29), ('cuda', torch.float32)]
+        assert facts(net(x)[0]) == [('cuda', torch.bfloat16, 3, 1, 29)]
+        with torch.no_grad():
+            assert facts(net(x, x, return_logits=False)[1]) == [('cuda', torch.float32)]
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda compiling=compiling: compiling)
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = net(x, x, return_logits=False)[1]
+        assert facts(loss) == [('cuda', torch.float32)]
+        grads = loss.grad_fn.apply(torch.ones((), device='cuda'))
+        assert facts(*grads[:2]) == [('cuda', torch.float32, 36, 16), ('cuda', torch.float32, 29, 16)]
+    for optimizer in ('adamw', 'muon'):
+        optim = net.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cuda', optimizer)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        assert facts(torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)) == [('cuda', torch.float32)]
+        optim.step()
+        for p in net.parameters():
+            moments = [m for name, m in optim.state[p].items() if name != 'step']
+            assert moments and set(facts(*moments)) == set(facts(p)) == {('cuda', torch.float32, *p.shape)}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('static', [False, True])
+def test_sampling_on_fake_cuda(fake_cuda, dtype, static):
+    """As sample.py does it: the cache in autocast's dtype, logits in float32, past the window too."""
+    net = fake_gpt(n_layer=1).for_sampling('cuda:0', dtype)
+    with torch.autocast('cuda', dtype, enabled=dtype != torch.float32), torch.inference_mode():
+        cache = net.new_cache(3, 64)
+        assert facts(*cache) == [('cuda', dtype, 2, 3, 2, 64, 8)]
+        x, positions = torch.zeros(1, 5, dtype=torch.long, device='cuda'), torch.arange(64, device='cuda')
+        assert facts(prefill(net, x, cache)) == [('cuda', torch.float32, 1, 29)]
+        pos, mask = positions[5:6], (positions <= positions[5])[None]
+        if not static:
+            cache, mask = [kv[..., :6, :] for kv in cache], None
+        logits = net.decode(x[:, :1].expand(3, 1), pos, cache, mask)
+        assert facts(logits) == [('cuda', torch.float32, 3, 29)]
+        for top_k, top_p in ((None, None), (9, None), (9, 0.5)):
+            draws = torch.rand(3, 10, device='cuda')
+            new = [*net.stream(x, 10, 0.8, top_k, top_p, draws, 20, net.new_cache(3, 64), static)]
+            assert facts(*new) == [('cuda', torch.int64, 3, 1)] * 10
+        assert facts(*net.stream(x, 3, static=static)) == [('cuda', torch.int64, 1, 1)] * 3
 
 
 # -----------------------------------------------------------------------------
@@ -739,7 +837,10 @@ def test_greedy_is_the_plain_loop(prompt):
     x = tokens(3, prompt)
     got = net.generate(x, 20, temperature=0)
     assert torch.equal(got, net.generate(x, 20, temperature=0, static=True))
-    assert torch.equal(got, net.generate(x, 20, temperature=0, cache=net.new_cache(3, 12)))
+    for length in (12, 64):  # as long as the context, or longer, as CUDA's attention likes it
+        for static in (False, True):
+            cache = net.new_cache(3, length)
+            assert torch.equal(got, net.generate(x, 20, temperature=0, cache=cache, static=static))
     packed = tiny()[0].for_sampling('cpu', torch.float32)
     assert torch.equal(got, packed.generate(x, 20, temperature=0))
     window, out = x[:, -12:], x

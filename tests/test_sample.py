@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MACHINE, PLACE
+from conftest import MACHINE, PLACE, TRACED
 from reference import gpt_logits
 
 from data.tokenizer import Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
@@ -90,7 +90,7 @@ def test_sample_i_is_its_own(sample):
 def test_memory_splits_the_batch(sample, house):
     """Where memory is short the samples come in several batches, and are the same."""
     source = (house / 'sample.py').read_text(encoding='utf-8')
-    short = source.replace('memory // 2 //', '120_000 //')  # room for the caches of 4 samples
+    short = source.replace('memory // 2 //', '480_000 //')  # room for the caches of 4 samples
     assert short != source
     (house / 'short.py').write_text(short, encoding='utf-8')
     for how in (['--num_samples=9'], ['--num_samples=9', '--stop=the', '--stream=True'], ['--num_samples=1']):
@@ -279,6 +279,21 @@ def test_compile(run, trained):
     plain, compiled = (run('sample.py', *how, f'--compile={value}', cwd=trained) for value in (False, True))
     assert 'running eager' not in compiled.stderr or not shutil.which('g++')
     assert len(texts(compiled.stdout)) == 2 and compiled.stdout == plain.stdout
+
+
+@pytest.mark.slow
+def test_one_graph(run, trained, altered):
+    """One graph of decode serves all positions, batches and windows, with a cache of 64 positions or a
+    multiple: CUDA's attention would pad a mask of another length anew at every step.
+    """
+    script = altered(TRACED + """
+import model
+new_cache = model.GPT.new_cache
+model.GPT.new_cache = lambda net, *shape: print('cache', *shape) or new_cache(net, *shape)""", 'sample.py')
+    for dtype in ('float32', 'bfloat16'):
+        out = run(script, '--device=cpu', f'--dtype={dtype}', '--num_samples=2', '--max_new_tokens=40',
+                  '--compile=True', cwd=trained).stdout
+        assert out.startswith('cache 2 64\na graph\n') and out.count('a graph') == 1 and out.count(END) == 2
 
 
 @pytest.mark.slow

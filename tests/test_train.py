@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from conftest import MACHINE, PLACE, SMALL, function
+from conftest import MACHINE, PLACE, SMALL, TRACED, function
 from reference import adamw, gpt_logits, gpt_loss, random_parameters, write_nanogpt_checkpoint
 
 from data.common import write_characters
@@ -428,6 +428,23 @@ def test_compile(run):
     assert losses(out)[0].keys() == eager.keys()
     for i, pair in losses(out)[0].items():
         assert pair == pytest.approx(eager[i], abs=2e-4)
+
+
+@slow
+@pytest.mark.parametrize('optimizer, checkpointing, dtype', [
+    ('adamw', False, 'bfloat16'), ('adamw', True, 'float32'), ('muon', False, 'float32'),
+    ('muon', True, 'float16')])
+def test_two_graphs(run, altered, optimizer, checkpointing, dtype):
+    """Dynamo traces evaluation once and training once, both before the first iteration. A third graph, for
+    other strides, a number that changes or a mode, would cost a minute of GPU time whenever it comes.
+    """
+    script = altered(TRACED)
+    out = run(script, *SMALL, '--max_iters=7', '--eval_interval=3', '--eval_iters=None', '--n_layer=1',
+              '--compile=True', f'--optimizer={optimizer}', f'--dtype={dtype}', '--checkpoint_interval=2',
+              f'--activation_checkpointing={checkpointing}').stdout
+    steps = [int(n) for n in re.findall(r'^(?:step|checkpoint) (\d+): train loss', out, re.M)]
+    assert steps == [0, 2, 3, 4, 6, 7] and 'once through' in out
+    assert 'a graph\na graph\ncompiled\n' in out and out.count('a graph') == 2
 
 
 @slow
