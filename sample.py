@@ -77,7 +77,7 @@ model.for_sampling(device, getattr(torch, dtype), pack=not compile)
 autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32')
 
 # one batch if the caches of all samples fit into half the memory, else several of one size
-c, number_size = model.config, 4 if dtype == 'float32' else 2
+c, number_size = model.config, 4 if kind == 'cpu' or dtype == 'float32' else 2
 length = 64 * math.ceil(min(c.block_size, len(prompt) + max_new_tokens) / 64)  # else CUDA pads every mask
 memory = torch.cuda.mem_get_info(device)[0] if kind == 'cuda' else 2 ** 33
 if kind != 'cuda' and hasattr(os, 'sysconf'):

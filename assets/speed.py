@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from model import GPT, GPTConfig, peak_flops_of  # noqa: E402
+from model import GPT, GPTConfig, has_bfloat16, peak_flops_of  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 SCRIPTS = 'model.py', 'train.py', 'configurator.py'
@@ -39,13 +39,13 @@ def micro_batches(number, size):
 GROUPS = {
     'characters, 4 x 128, 12x64': (
         200, f'{CHARACTERS} --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12',
-        {'nanoGPT': '', 'ours': '', 'ours, Muon': '--optimizer=muon'}),
+        {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'}),
     'characters, 6 x 384, 64x256': (
         100 if CUDA else 5,
         f'{CHARACTERS} --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64',
-        {'nanoGPT': '', 'ours': '', 'ours, Muon': '--optimizer=muon'}),
+        {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'}),
     'GPT-2 124M, 1x1024': (
-        7, f'{GPT2} --batch_size=1', {'nanoGPT': '', 'ours': ''}),
+        7, f'{GPT2} --batch_size=1', {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32'}),
     'GPT-2 124M, 4x1024': (
         4, f'{GPT2} --batch_size=4',
         {'nanoGPT': '', 'ours': '', 'ours, activation checkpointing': '--activation_checkpointing=True'}),
@@ -165,7 +165,8 @@ def make_folder(folder, source, scripts):
 
 
 def main(nanogpt, only='', rounds=3):
-    device = torch.cuda.get_device_name() if CUDA else f'CPU, {torch.get_num_threads()} threads'
+    isa = torch.backends.cpu.get_cpu_capability() + ', bfloat16 units' * has_bfloat16('cpu')
+    device = torch.cuda.get_device_name() if CUDA else f'CPU ({isa}), {torch.get_num_threads()} threads'
     with tempfile.TemporaryDirectory() as temporary:
         theirs = make_folder(Path(temporary) / 'nanoGPT', Path(nanogpt), SCRIPTS)
         ours = make_folder(Path(temporary) / 'ours', ROOT, OUR_SCRIPTS)
