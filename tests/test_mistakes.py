@@ -283,3 +283,10 @@ def test_no_memory(run):
     """On a CPU too it is one line."""
     words = run('train.py', *SMALL, '--batch_size=10000000000000', status=1)
     assert words.startswith('out of memory on cpu: halve --batch_size')
+
+
+def test_compiled_dropout_on_cuda(run, altered):
+    """There its masks would not follow (seed, iteration, micro-step): refused, before anything runs."""
+    script = altered("from torch import cuda\ncuda.is_available, cuda.device_count = lambda: True, lambda: 1")
+    words = run(script, *SMALL, '--device=cuda', '--dropout=0.1', '--compile=True', status=1)
+    assert words.startswith('dropout would not follow the seed: leave off')
