@@ -649,6 +649,7 @@ def facts(*tensors):
     return [(t.device.type, t.dtype, *t.shape) for t in tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_training_on_fake_cuda(fake_cuda, monkeypatch, checkpointing):
     """Forward under autocast and both losses, the chunked one with its backward, and a step of each
@@ -682,6 +683,7 @@ def test_training_on_fake_cuda(fake_cuda, monkeypatch, checkpointing):
             assert moments and set(facts(*moments)) == set(facts(p)) == {('cuda', torch.float32, *p.shape)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('static', [False, True])
 def test_sampling_on_fake_cuda(fake_cuda, dtype, static):
