@@ -482,7 +482,7 @@ if compile:
     problem = compile_method(model, 'forward', try_compiled)
     set_keys(compile=not problem)
     log.line(problem or "compiled")
-ddp_model = model
+ddp_model = model.train()               # compiling may have failed while it evaluated
 if distributed:
     dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
     last, first = all_reduce(torch.tensor([start_iter, -start_iter], device=device), dist.ReduceOp.MAX)
