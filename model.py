@@ -452,8 +452,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         N, V = x.size(0), weight.size(0)
         rows = math.ceil(N / math.ceil(N * V / (LOSS_CHUNK if x.device.type == 'cpu' else 4 * LOSS_CHUNK)))
         wide = torch.promote_types(dtype, torch.float32)
-        # In float16 the gradients of the logits, at most 1, are divided by 16 before the products: sums over
-        # thousands of rows would overflow, and no GradScaler sees them here. Values of 1/V still survive it.
+        # float16: the sums over thousands of rows in grad_w would overflow, and no GradScaler sees them here
         shrink = 1 / 16 if dtype == torch.float16 else 1.0
         total = torch.zeros((), dtype=wide, device=x.device)
         counted = targets != -1                                             # (N,)
@@ -465,32 +464,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             for i in range(0, N, rows):
                 xc, keep = x[i:i + rows].to(dtype), counted[i:i + rows]     # (n, C), (n,)
                 target = targets[i:i + rows].where(keep, 0)[:, None]        # (n, 1)
-                logits = (xc @ w.T).to(wide)                                # (n, V)
-                lse = logits.logsumexp(-1, keepdim=True)                    # (n, 1)
-                total += ((lse - logits.gather(1, target))[:, 0] * keep).sum()
+                log_p = (xc @ w.T).to(wide).log_softmax(-1)                 # (n, V)
+                total -= (log_p.gather(1, target)[:, 0] * keep).sum()
                 if with_grad:  # d loss / d logits = softmax - one_hot, and zero where nothing counts
-                    lse = lse.masked_fill(~keep[:, None], math.inf) - math.log(shrink)
-                    d = logits.sub_(lse).exp_()                             # (n, V)
-                    one_hot = shrink * keep[:, None].to(wide)               # (n, 1)
+                    d = log_p.exp_()                                        # (n, V)
                     if torch.compiler.is_compiling():  # Inductor fuses this with exp, but not scatter_add_
-                        d -= (torch.arange(V, device=d.device) == target) * one_hot
+                        d -= (torch.arange(V, device=d.device) == target).to(wide)
                     else:
-                        d.scatter_add_(1, target, -one_hot)
-                    d = d.to(dtype)
-                    grad_x[i:i + rows] = d @ w
-                    grad_w += d.T @ xc
+                        d.scatter_add_(1, target, d.new_full(target.shape, -1))
+                    d, keep = d.to(dtype), keep[:, None].to(dtype)          # (n, V), (n, 1)
+                    grad_x[i:i + rows] = (d @ w) * keep
+                    grad_w += d.T @ (xc * (keep * shrink))
         count = counted.sum().clamp(min=1)
         if with_grad:
-            ctx.save_for_backward(grad_x, grad_w, count * shrink)
-            ctx.dtypes = x.dtype, weight.dtype
+            ctx.save_for_backward(grad_x, grad_w, count)
+            ctx.dtypes, ctx.shrink = (x.dtype, weight.dtype), shrink
         return total / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        grad_x, grad_w, divisor = ctx.saved_tensors
-        scale = grad_loss / divisor
-        return grad_x.to(ctx.dtypes[0]) * scale, (grad_w * scale).to(ctx.dtypes[1]), None, None, None
+        grad_x, grad_w, count = ctx.saved_tensors
+        scale = grad_loss / count
+        grad_w = grad_w * (scale / ctx.shrink)
+        return grad_x.to(ctx.dtypes[0]) * scale, grad_w.to(ctx.dtypes[1]), None, None, None
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) for groups with `parts`, AdamW for the
@@ -516,7 +513,7 @@ class Muon(torch.optim.AdamW):
             for p in (p for p in group['params'] if group.get('parts') and p.grad is not None):
                 state = self.state[p]
                 if not state:  # AdamW looks for a step when it is loaded
-                    state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+                    state.update(momentum=torch.zeros_like(p), step=torch.zeros((), device=p.device))
                 momentum = state['momentum'].lerp_(p.grad, 1 - self.MOMENTUM)
                 update = p.grad.lerp(momentum, self.MOMENTUM)               # Nesterov
                 p.grad = None                                               # so that AdamW passes it by

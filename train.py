@@ -70,7 +70,7 @@ backend: str | None = None              # of torch.distributed: nccl or gloo
 dist_timeout = 600                      # seconds that a process waits for the others
 device: str | None = None               # cpu, cuda, cuda:1, mps
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # float16 scales its gradients
-compile: bool | None = None             # torch.compile; by default on CUDA without dropout
+compile: bool | None = None             # torch.compile; by default on CUDA
 peak_flops: float | None = None         # FLOP/s that mfu is measured against
 activation_checkpointing = False        # compute the blocks twice instead of storing them: less memory
 profile = False                         # profile one iteration: a table, and out_dir/trace.json
@@ -298,11 +298,11 @@ device, dtype = choose_device(device, dtype, local_rank)
 device_type = torch.device(device).type
 set_keys(device=device, dtype=dtype, peak_flops=peak_flops or peak_flops_of(device, dtype),
          backend=backend or ('nccl' if device_type == 'cuda' else 'gloo'),
-         compile=device_type == 'cuda' and os.name == 'posix' and not dropout if compile is None else compile)
+         compile=device_type == 'cuda' and os.name == 'posix' if compile is None else compile)
 if distributed and (device_type == 'mps' or not dist.is_backend_available(backend)):
     fail(f"backend {backend!r} on {device}: this PyTorch has none; --device=cpu --backend=gloo runs anywhere")
-if dropout and (activation_checkpointing and device_type == 'mps' or compile and device_type == 'cuda'):
-    fail("dropout would not follow the seed: leave off activation_checkpointing on mps, compile on cuda")
+if dropout and activation_checkpointing and (device_type == 'mps' or compile and device_type == 'cuda'):
+    fail("backward would draw other dropout: leave off activation_checkpointing or, on CUDA, compile")
 if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 where float32 remains
@@ -688,7 +688,7 @@ while True:
         break
 
     profiling = profile and master_process and iter_num == min(start_iter + 7, max_iters - 1)  # warm then
-    with torch.profiler.profile() if profiling else nullcontext() as profiler:
+    with torch.profiler.profile(acc_events=True) if profiling else nullcontext() as profiler:
         loss_sum, grad_norm = train_step(iter_num)
     if loss_sum is None:
         continue

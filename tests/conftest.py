@@ -22,6 +22,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -159,6 +160,8 @@ def launch(script, arguments, cwd, env, streams, ranks=0, real=False, file_size=
     limited to file_size bytes.
     """
     script, arguments = str(script), [str(argument) for argument in arguments]
+    if '--device=cuda' in arguments and ranks > torch.cuda.device_count():
+        pytest.skip(f"needs {ranks} GPUs")
     env = {**os.environ, 'PYTHONIOENCODING': 'utf-8', **env}
     if ranks or real:
         python = [sys.executable]

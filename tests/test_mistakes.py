@@ -11,7 +11,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from conftest import MACHINE, SMALL
+from conftest import MACHINE, PLACE, SMALL
 
 slow = pytest.mark.slow
 
@@ -125,7 +125,7 @@ W = 'transformer.h.0.attn.c_attn.weight'
     (['model_args', 'n_embd'], '32'), (['model_args', 'vocab_size'], 10 ** 12)))
 def test_wrong_values_in_a_checkpoint(run, trained, tmp_path, path, value):
     """None is used, whatever its type or shape: one line, and nothing happens to the memory."""
-    checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
     *folders, name = path
     place = checkpoint
     for folder in folders:
@@ -140,7 +140,7 @@ def test_wrong_values_in_a_checkpoint(run, trained, tmp_path, path, value):
 def test_checkpoint_for_sampling_only(run, trained, tmp_path):
     """One whose optimizer was thrown away samples and evaluates, but does not resume."""
     path = tmp_path / 'out' / 'ckpt.pt'
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, 'cpu', weights_only=True)
     del checkpoint['optimizer']
     torch.save(checkpoint, path)
     run('sample.py', '--num_samples=1', '--max_new_tokens=2')
@@ -234,7 +234,7 @@ def test_other_ways_to_the_script(run, house, trained, tmp_path):
 def test_settings_of_a_checkpoint(run, trained, tmp_path, key, value):
     """What a resumed run takes from a checkpoint is checked like the command line. A given key wins."""
     path = tmp_path / 'out' / 'ckpt.pt'
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, 'cpu', weights_only=True)
     good, checkpoint['config'][key] = checkpoint['config'][key], value
     torch.save(checkpoint, path)
     words = run('train.py', '--init_from=resume', *MACHINE, status=1)
@@ -252,7 +252,7 @@ def test_tokenizer_files(run, house, trained, tmp_path):
         shutil.copytree(house / 'data' / 'bare', folder)
         (folder / file).write_bytes(content)
         assert words in run('train.py', *SMALL, f'--dataset={name}', status=1)
-    checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
     torch.save({**checkpoint, 'optimizer': {}}, tmp_path / 'out' / 'ckpt.pt')
     assert 'another --optimizer' in run('train.py', *SMALL, '--init_from=resume', status=1)
 
@@ -282,11 +282,12 @@ def test_stopped_while_it_starts(start):
 def test_no_memory(run):
     """On a CPU too it is one line."""
     words = run('train.py', *SMALL, '--batch_size=10000000000000', status=1)
-    assert words.startswith('out of memory on cpu: halve --batch_size')
+    assert words.startswith(f'out of memory on {PLACE.split(",")[0]}: halve --batch_size')
 
 
 def test_compiled_dropout_on_cuda(run, altered):
-    """There its masks would not follow (seed, iteration, micro-step): refused, before anything runs."""
+    """With checkpointing backward drew other masks than forward (H200, torch 2.11): refused at once."""
     script = altered("from torch import cuda\ncuda.is_available, cuda.device_count = lambda: True, lambda: 1")
-    words = run(script, *SMALL, '--device=cuda', '--dropout=0.1', '--compile=True', status=1)
-    assert words.startswith('dropout would not follow the seed: leave off')
+    how = [*SMALL, '--device=cuda', '--dropout=0.1', '--compile=True', '--activation_checkpointing=True']
+    words = run(script, *how, status=1)
+    assert words.startswith('backward would draw other dropout: leave off activation_checkpointing')

@@ -173,9 +173,9 @@ def test_prompts(sample, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_dtypes(sample, dtype):
-    """Every precision runs on a CPU and still writes words."""
+    """Every precision runs everywhere and still writes words."""
     assert 'the' in sample(f'--dtype={dtype}', '--num_samples=1', '--max_new_tokens=60')[0]
-    assert sample.err.endswith(f'; cpu, {dtype}\n')
+    assert sample.err.endswith(f'; {PLACE.split(",")[0]}, {dtype}\n')
 
 
 def test_last_checkpoint(sample, trained, tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_last_checkpoint(sample, trained, tmp_path, monkeypatch):
     assert line() == 'out/ckpt.pt: weights of iteration 60'
     assert sample(*how, cwd=tmp_path) == text
     assert line() == 'out/last.pt: weights of iteration 60' and 'newer' not in sample.err
-    other = torch.load(last, weights_only=True)
+    other = torch.load(last, 'cpu', weights_only=True)
     other['model'] = {name: p * 0.5 for name, p in other['model'].items()}
     torch.save({**other, 'iter_num': 40}, best)
     assert sample(*how, cwd=tmp_path) != text
@@ -228,7 +228,8 @@ def test_full_disk_and_memory(run, start, trained, tmp_path):
     assert process.wait(60) == 1
     assert errors.read_text().splitlines()[1:] == ['cannot write the text: No space left on device']
     words = run('sample.py', *how, f'--max_new_tokens={10 ** 14}', status=1)  # 400 TB: beyond any address
-    assert words == 'out of memory on cpu: fewer --num_samples or --max_new_tokens\n'
+    device = PLACE.split(',')[0]
+    assert words == f'out of memory on {device}: fewer --num_samples or --max_new_tokens\n'
 
 
 @pytest.mark.slow
@@ -244,7 +245,7 @@ def test_closed_streams(house, trained):
 
 def test_console_without_a_character(sample, trained, tmp_path, monkeypatch):
     """An old console that has no Chinese shows '?' in its place, and the text goes on."""
-    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
+    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
     stoi = {{'q': '日'}.get(c, c): i for c, i in checkpoint['tokenizer']['stoi'].items()}
     checkpoint['tokenizer'].update(stoi=stoi, itos={i: c for c, i in stoi.items()})
     (tmp_path / 'out').mkdir()
@@ -309,7 +310,7 @@ def test_process(run, sample, trained):
 @pytest.mark.slow
 def test_nanogpt_checkpoint(run, sample, trained, tmp_path):
     """One without a tokenizer finds it in data/NAME/meta.pkl, and without that names what to do."""
-    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', weights_only=True)
+    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
     del checkpoint['tokenizer']
     (tmp_path / 'out').mkdir()
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')

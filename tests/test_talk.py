@@ -77,12 +77,12 @@ def test_closed_streams(house, tmp_path):
 def test_finished_run(run, tmp_path):
     """Resuming a run that has all its iterations trains nothing, and says what to raise."""
     run('train.py', *SMALL, '--lr_decay_iters=5')
-    before = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    before = torch.load(tmp_path / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
     resume = ['--init_from=resume', '--out_dir=out', *MACHINE]
     out = run('train.py', *resume).stdout
     line = 'max_iters 5 is reached: to go on, raise --max_iters and --lr_decay_iters\n'
     assert out.count(line) == 1 and 'iter ' not in out and out.index(line) < out.index('step 5:')
-    after = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    after = torch.load(tmp_path / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
     assert after['iter_num'] == before['iter_num'] == 5
     assert all(torch.equal(p, after['model'][name]) for name, p in before['model'].items())
     out = run('train.py', *resume, '--max_iters=7', '--lr_decay_iters=7').stdout
@@ -144,7 +144,7 @@ def test_notebook(run, house, tmp_path, real):
     assert first.startswith('train.py\n') and [int(i) for i, *_ in ITER.findall(first)] == [*range(5)]
     assert sampled.startswith('sample.py\n') and sampled.count('---------------\n') == 10
     assert second.startswith('train.py\n') and [int(i) for i, *_ in ITER.findall(second)] == [5, 6]
-    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 7
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', 'cpu', weights_only=True)['iter_num'] == 7
 
 
 @slow

@@ -21,7 +21,7 @@ SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_si
 
 
 def load(folder, name='ckpt.pt'):
-    return torch.load(folder / name, weights_only=True)
+    return torch.load(folder / name, 'cpu', weights_only=True)
 
 
 def windows(house, stream, iteration, micro_step, seed=1337, batch_size=4, block_size=16):
@@ -177,7 +177,8 @@ def test_keys_of_the_machine_are_not_resumed(run, tmp_path):
     torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
     out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=6').stdout
     assert f'; {PLACE}\n' in out and 'compile' not in out and 'iter 5:' in out and 'device' not in out
-    assert load(tmp_path / 'out')['config']['device'] == 'cpu' and not (tmp_path / 'elsewhere').exists()
+    assert load(tmp_path / 'out')['config']['device'] == PLACE.split(',')[0]
+    assert not (tmp_path / 'elsewhere').exists()
 
 
 @slow
@@ -450,6 +451,8 @@ def test_two_graphs(run, altered, optimizer, checkpointing, dtype):
 @slow
 def test_compile_falls_back(run, altered, tmp_path):
     """No C++ compiler: one line, and the run goes on in eager mode with the same figures."""
+    if PLACE.startswith('cuda'):
+        pytest.skip("Triton needs no C++ compiler")
     broken = altered("import torch._inductor.config as config\n"
                      "config.cpp.cxx, config.force_disable_caches = ('/nonexistent/c++',), True")
     eager = losses(run('train.py', *SMALL).stdout)
@@ -498,7 +501,7 @@ def test_profile(run, tmp_path):
     assert losses(out) == plain and 'Warning' not in done.stderr
     assert out.index('iter 7:') < out.index('Self CPU') < out.index('iter 8:')
     table = out[out.index('Self CPU'):out.index('Self CPU time total')]
-    assert len(re.findall(r'^ .*::', table, re.M)) >= 5 and len(table.splitlines()) < 16
+    assert 'aten::' in table and 10 < len(table.splitlines()) < 16
     events = json.loads((tmp_path / 'out' / 'trace.json').read_text())['traceEvents']
     names = [event['name'] for event in events if 'name' in event]
     assert 'aten::mm' in names and names.count('ChunkedCrossEntropy') == 2  # one for each micro-step
