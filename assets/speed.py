@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig, has_bfloat16, peak_flops_of  # noqa: E402
 
 CUDA = torch.cuda.is_available()
+BATCH = 64 if CUDA else 16
 SCRIPTS = 'model.py', 'train.py', 'configurator.py'
 OUR_SCRIPTS = *SCRIPTS, 'data/__init__.py', 'data/common.py', 'data/tokenizer.py'
 CHARACTERS = ('--dataset=characters --log_interval=1 --dropout=0.0 --gradient_accumulation_steps=1 '
@@ -40,9 +41,9 @@ GROUPS = {
     'characters, 4 x 128, 12x64': (
         200, f'{CHARACTERS} --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12',
         {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'}),
-    'characters, 6 x 384, 64x256': (
-        100 if CUDA else 5,
-        f'{CHARACTERS} --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64',
+    f'characters, 6 x 384, {BATCH}x256': (
+        100 if CUDA else 7,
+        f'{CHARACTERS} --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size={BATCH}',
         {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'}),
     'GPT-2 124M, 1x1024': (
         7, f'{GPT2} --batch_size=1', {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32'}),
