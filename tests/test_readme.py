@@ -94,7 +94,7 @@ def test_commands_run(run, house, with_text, bpe):
         imported = [name for node in ast.walk(ast.parse(snippet)) for name in (
             [node.module] if isinstance(node, ast.ImportFrom) else
             [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])]
-        packages = ['tensorboard' if 'tensorboard' in name else name.split('.')[0] for name in imported]
+        packages = [name.split('.')[0] for name in imported]
         if 'torch.onnx' in snippet:
             packages.append('onnxscript')
         if all(name == 'model' or find_spec(name) for name in packages):
