@@ -69,7 +69,7 @@ def train(nanogpt, name):
 @torch.no_grad()
 def time_sampling(nanogpt):
     """{code: milliseconds of one more token behind each of LENGTHS}, for one sample of GPT-2 124M with
-    random weights in float32. Medians of three rounds in turns.
+    random weights: theirs in float32, their default, ours in this CPU's. Medians of three rounds in turns.
     """
     results = OUT / 'sampling.json'
     if results.is_file():
@@ -80,7 +80,8 @@ def time_sampling(nanogpt):
     spec.loader.exec_module(theirs)
     nanogpt_model = theirs.GPT(theirs.GPTConfig(bias=False)).eval()
     hf_model = GPT2LMHeadModel(GPT2Config(eos_token_id=None, bos_token_id=None)).eval()
-    our_model = ours.GPT(ours.GPTConfig(bias=False)).for_sampling('cpu', torch.float32)
+    dtype = getattr(torch, ours.choose_device('cpu', None)[1])
+    our_model = ours.GPT(ours.GPTConfig(bias=False)).for_sampling('cpu', dtype)
 
     def seconds(call):
         started = time.perf_counter()
@@ -98,9 +99,10 @@ def time_sampling(nanogpt):
         return (nine - one) / 8
 
     def time_ours(idx):  # the eight steps behind the first, which also reads the prompt
-        stream = our_model.stream(idx, 9)
-        next(stream)
-        return statistics.median(seconds(lambda: next(stream)) for _ in range(8))
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            stream = our_model.stream(idx, 9)
+            next(stream)
+            return statistics.median(seconds(lambda: next(stream)) for _ in range(8))
 
     timers = {'nanoGPT': time_nanogpt, 'transformers': time_transformers, 'ours': time_ours}
     times = {code: [[] for _ in LENGTHS] for code in timers}

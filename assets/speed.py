@@ -58,8 +58,8 @@ if CUDA:
         'nanoGPT, 10 x 48': micro_batches(10, 48),
         'nanoGPT, 5 x 96': micro_batches(5, 96),
         'ours, faithful, 40 x 12': micro_batches(40, 12),
+        'ours, 10 x 48': micro_batches(10, 48),
         'ours, 8 x 60': micro_batches(8, 60),
-        'ours, 4 x 120': micro_batches(4, 120),
         'ours, fast, 8 x 60': f'{micro_batches(8, 60)} --optimizer=muon'})
 LOSS_TITLE = 'the loss alone, 4096 tokens, 768 x 50304'
 # A script that times one way to compute the loss, and prints its times in the format of train.py

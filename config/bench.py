@@ -9,6 +9,6 @@ dataset = None
 out_dir = 'out-bench'  # only --profile writes there
 batch_size = 12
 block_size = 1024
-gradient_accumulation_steps = 40 if torch.cuda.is_available() else 1  # as train_gpt2.py; for a CPU too many
+gradient_accumulation_steps = 40 if torch.cuda.is_available() else 1  # 1 for a CPU: else an hour
 max_iters = 20         # the first quarter warms up and does not count
 warmup_iters = 0

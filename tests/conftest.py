@@ -60,7 +60,7 @@ SMALL = [*MACHINE, '--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32',
 
 
 def pytest_addoption(parser):
-    parser.addoption('--device', default='cpu', help='where train.py and sample.py run: cpu or cuda')
+    parser.addoption('--device', default='cpu', choices=('cpu', 'cuda'), help='where the scripts run')
     parser.addoption('--kills', type=int, default=8, help='how often test_kills kills a run')
     parser.addoption('--machines', action='store_true', help='two hosts as network namespaces, 80 seconds')
 

@@ -615,6 +615,10 @@ def test_compile_method(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda function, mode: lambda *args: (function(*args)[0] + 1, None))
     assert ours.compile_method(net, 'forward', lambda: net(tokens(2, 5)), mode='default') is None
     assert torch.equal(net(tokens(2, 5))[0], want + 1)
+    def too_large():
+        raise torch.OutOfMemoryError
+    with pytest.raises(torch.OutOfMemoryError):  # which eager would meet as well
+        ours.compile_method(net, 'forward', too_large, mode='default')
 
 
 # -----------------------------------------------------------------------------
@@ -821,6 +825,17 @@ def test_generate_packs(monkeypatch):
     with torch.autocast('cpu', torch.bfloat16):
         text(net)
     assert packings[-1] == ('cpu', torch.bfloat16)
+    for optimizer in ('adamw', 'muon'):  # fused AdamW leaves _version alone
+        other = tiny()[0]
+        optim = other.configure_optimizers(0.1, 0.1, (0.9, 0.95), 'cpu', optimizer)
+        assert text(other) == want
+        other.lm_head.weight.grad = torch.randn(other.lm_head.weight.shape)
+        optim.step()
+        assert text(other) == torch.cat([x, *other.stream(x, 6, draws=draws)], 1).tolist() != want
+    seen = []
+    handle = net.transformer.h[0].register_forward_hook(lambda *_: seen.append(1))
+    assert text(net) == want and seen  # a hook is for this model, not for a copy
+    handle.remove()
     assert [*net.state_dict()] == names and len([*net.modules()]) == len([*tiny()[0].modules()])
     file = io.BytesIO()
     torch.save(net, file)
@@ -1016,19 +1031,21 @@ def test_devices(monkeypatch):
     assert ours.choose_device('cpu', 'float32') == ('cpu', 'float32')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    cpu_dtype = ours.choose_device('cpu', None)[1]
     for has_bf16, dtype in ((True, 'bfloat16'), (False, 'float16')):
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation, has=has_bf16: has)
         assert ours.choose_device(None, None) == ('cuda:0', dtype)
         assert ours.choose_device('cuda', None, 1) == ('cuda:1', dtype)
         assert ours.choose_device('cuda:1', 'float32') == ('cuda:1', 'float32')
-        assert ours.choose_device('cpu', None) == ('cpu', cpu_dtype)  # whatever the GPU can do
     for device in ('cuda:2', 'mps', 'tpu', 'cuda:x'):
         with pytest.raises(ValueError, match=f"device '{device}'"):
             ours.choose_device(device, None)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert ours.choose_device(None, None) == ('mps', 'float32')
+    for avx512, onednn in ((True, True), (True, False), (False, True)):  # the CPU, and what oneDNN may use
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda has=avx512: has)
+        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda has=onednn: has)
+        assert ours.choose_device('cpu', None) == ('cpu', 'bfloat16' if avx512 and onednn else 'float32')
 
 
 # -----------------------------------------------------------------------------

@@ -168,6 +168,13 @@ def test_resume_obeys_the_command_line(run, tmp_path):
     assert saved['model_args']['block_size'] == 8
 
 
+def test_bfloat16_by_default(run, altered):
+    """Where the CPU multiplies it, and the line at the start says why."""
+    script = altered("import model\nmodel.has_bfloat16 = lambda kind: True")
+    how = [word for word in SMALL if 'dtype' not in word]
+    assert '; cpu, bfloat16 (this CPU has units for it)\n' in run(script, *how, '--device=cpu').stdout
+
+
 def test_keys_of_the_machine_are_not_resumed(run, tmp_path):
     """A compiled run of a GPU goes on on a laptop: device, dtype and compile are not the checkpoint's."""
     run('train.py', *SMALL)
