@@ -1,5 +1,5 @@
 """
-The pictures of README.md, from runs of nanoGPT's code and ours on this machine. The runs take eleven minutes
+The pictures of README.md, from runs of nanoGPT's code and ours on this machine. The runs take five minutes
 on two CPU cores.
     git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
     python data/shakespeare_char/prepare.py
