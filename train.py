@@ -306,7 +306,7 @@ if dropout and activation_checkpointing and (device_type == 'mps' or compile and
 if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 where float32 remains
-with suppress(AttributeError, OSError, TypeError):  # glibc: to reuse memory makes CPUs a third faster
+with suppress(AttributeError, OSError, TypeError):  # glibc only: saves up to a third of a step
     ctypes.CDLL(None).mallopt(-4, 0)    # M_MMAP_MAX: no pages of its own for a large block
     ctypes.CDLL(None).mallopt(-1, -1)   # M_TRIM_THRESHOLD: nothing goes back to the system
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')

@@ -43,7 +43,7 @@ TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in 
 
 # where scripts run, whatever the machine prefers
 MACHINE = ['--device=cpu', '--dtype=float32']
-PLACE = 'cpu, float32'
+DEVICE, PLACE = 'cpu', 'cpu, float32'
 
 # code for `altered`: torch.compile without a compiler, which says whenever it makes a graph
 TRACED = """import torch
@@ -72,7 +72,7 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     if (device := config.getoption('--device')) != 'cpu':  # before any test_*.py imports these names
         globals().update(MACHINE=[f'--device={device}', '--dtype=float32', '--compile=False'],
-                         PLACE=f'{device}:0, float32')
+                         DEVICE=f'{device}:0', PLACE=f'{device}:0, float32')
         globals().update(SMALL=[*MACHINE, *SMALL[2:]])
     config.addinivalue_line('markers', 'slow: left out by -m "not slow"')
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and inherited

@@ -11,7 +11,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from conftest import MACHINE, PLACE, SMALL
+from conftest import DEVICE, MACHINE, SMALL
 
 slow = pytest.mark.slow
 
@@ -282,7 +282,7 @@ def test_stopped_while_it_starts(start):
 def test_no_memory(run):
     """On a CPU too it is one line."""
     words = run('train.py', *SMALL, '--batch_size=10000000000000', status=1)
-    assert words.startswith(f'out of memory on {PLACE.split(",")[0]}: halve --batch_size')
+    assert words.startswith(f'out of memory on {DEVICE}: halve --batch_size')
 
 
 def test_compiled_dropout_on_cuda(run, altered):

@@ -836,6 +836,9 @@ def test_generate_packs(monkeypatch):
     handle = net.transformer.h[0].register_forward_hook(lambda *_: seen.append(1))
     assert text(net) == want and seen  # a hook is for this model, not for a copy
     handle.remove()
+    net.decode = lambda *how: seen.append('decode') or GPT.decode(net, *how)  # as when it is compiled
+    assert text(net) == want and 'decode' in seen
+    del net.decode
     assert [*net.state_dict()] == names and len([*net.modules()]) == len([*tiny()[0].modules()])
     file = io.BytesIO()
     torch.save(net, file)
@@ -1036,16 +1039,17 @@ def test_devices(monkeypatch):
         assert ours.choose_device(None, None) == ('cuda:0', dtype)
         assert ours.choose_device('cuda', None, 1) == ('cuda:1', dtype)
         assert ours.choose_device('cuda:1', 'float32') == ('cuda:1', 'float32')
+        for avx512, onednn in ((True, True), (True, False), (False, True)):  # the CPU, what oneDNN may use
+            monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda has=avx512: has)
+            monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda has=onednn: has)
+            best = 'bfloat16' if avx512 and onednn else 'float32'  # whatever the GPU can do
+            assert ours.choose_device('cpu', None) == ('cpu', best)
     for device in ('cuda:2', 'mps', 'tpu', 'cuda:x'):
         with pytest.raises(ValueError, match=f"device '{device}'"):
             ours.choose_device(device, None)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert ours.choose_device(None, None) == ('mps', 'float32')
-    for avx512, onednn in ((True, True), (True, False), (False, True)):  # the CPU, and what oneDNN may use
-        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda has=avx512: has)
-        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda has=onednn: has)
-        assert ours.choose_device('cpu', None) == ('cpu', 'bfloat16' if avx512 and onednn else 'float32')
 
 
 # -----------------------------------------------------------------------------

@@ -232,8 +232,7 @@ def test_second_interrupt_leaves_at_once(start, altered, real):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.send_signal(signal.SIGINT)
-    status = 1 if real and PLACE.startswith('cuda') else -signal.SIGINT  # seen on one GPU machine
-    assert (process.wait(20), process.stdout.read()) == (status, '')
+    assert (process.wait(20), process.stdout.read()) == (-signal.SIGINT, '')
 
 
 @posix
@@ -541,8 +540,8 @@ def test_metrics_of_others(run, start, tmp_path):
     process = start(*SMALL, '--max_iters=100000', '--eval_interval=100000', '--log_interval=20')
     wait_for(process, 'iter 20:')
     (tmp_path / 'out' / 'metrics.jsonl').unlink()
-    wait_for(process, 'iter 40:')
-    (tmp_path / 'out' / 'metrics.jsonl').unlink(missing_ok=True)
+    wait_for(process, 'iter 60:')  # then the line of 40 is written
+    (tmp_path / 'out' / 'metrics.jsonl').unlink()
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0 and load(tmp_path / 'out')['iter_num'] > 40
     (tmp_path / 'out' / 'metrics.jsonl').unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from conftest import MACHINE, PLACE, SMALL, TRACED, function
+from conftest import DEVICE, MACHINE, PLACE, SMALL, TRACED, function
 from reference import adamw, gpt_logits, gpt_loss, random_parameters, write_nanogpt_checkpoint
 
 from data.common import write_characters
@@ -184,8 +184,7 @@ def test_keys_of_the_machine_are_not_resumed(run, tmp_path):
     torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
     out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=6').stdout
     assert f'; {PLACE}\n' in out and 'compile' not in out and 'iter 5:' in out and 'device' not in out
-    assert load(tmp_path / 'out')['config']['device'] == PLACE.split(',')[0]
-    assert not (tmp_path / 'elsewhere').exists()
+    assert load(tmp_path / 'out')['config']['device'] == DEVICE and not (tmp_path / 'elsewhere').exists()
 
 
 @slow
@@ -458,7 +457,7 @@ def test_two_graphs(run, altered, optimizer, checkpointing, dtype):
 @slow
 def test_compile_falls_back(run, altered, tmp_path):
     """No C++ compiler: one line, and the run goes on in eager mode with the same figures."""
-    if PLACE.startswith('cuda'):
+    if DEVICE != 'cpu':
         pytest.skip("Triton needs no C++ compiler")
     broken = altered("import torch._inductor.config as config\n"
                      "config.cpp.cxx, config.force_disable_caches = ('/nonexistent/c++',), True")
@@ -508,7 +507,7 @@ def test_profile(run, tmp_path):
     assert losses(out) == plain and 'Warning' not in done.stderr
     assert out.index('iter 7:') < out.index('Self CPU') < out.index('iter 8:')
     table = out[out.index('Self CPU'):out.index('Self CPU time total')]
-    assert 'aten::' in table and 10 < len(table.splitlines()) < 16
+    assert 'aten::' in table and len(table.splitlines()) == 13  # ten, and three of the frame
     events = json.loads((tmp_path / 'out' / 'trace.json').read_text())['traceEvents']
     names = [event['name'] for event in events if 'name' in event]
     assert 'aten::mm' in names and names.count('ChunkedCrossEntropy') == 2  # one for each micro-step
