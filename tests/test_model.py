@@ -833,9 +833,11 @@ def test_generate_packs(monkeypatch):
         optim.step()
         assert text(other) == torch.cat([x, *other.stream(x, 6, draws=draws)], 1).tolist() != want
     seen = []
+    assert text(net) == want  # packed, before there is a hook
     handle = net.transformer.h[0].register_forward_hook(lambda *_: seen.append(1))
     assert text(net) == want and seen  # a hook is for this model, not for a copy
     handle.remove()
+    assert text(net) == want
     net.decode = lambda *how: seen.append('decode') or GPT.decode(net, *how)  # as when it is compiled
     assert text(net) == want and 'decode' in seen
     del net.decode
