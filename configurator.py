@@ -18,6 +18,7 @@ def _configure(script):
             print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
         elif kind not in (KeyboardInterrupt, BrokenPipeError):
             sys.__excepthook__(kind, error, trace)
+
     sys.excepthook = excepthook
     sys.stdout, sys.stderr = (stream or Path(os.devnull).open('w') for stream in (sys.stdout, sys.stderr))
     with suppress(AttributeError, OSError):  # if it is a notebook's; a console may lack characters
@@ -35,13 +36,15 @@ def _configure(script):
     def fail(source, message):
         time.sleep(0 if first_process else 10)  # torchrun ends all when one ends: the first prints
         sys.exit(' '.join(f"{source}: {message}".split()) if first_process else 1)
+
     def assign(source, key, value):
-        if type(value) in (int, float) and not abs(value) < (2 ** 63 if type(value) is int else float('inf')):
+        if type(value) in (int, float) and not abs(value) < (2**63 if type(value) is int else float('inf')):
             fail(source, f"{key} takes {described[key]}, finite and within 64 bits")
         fits = type(value) in takes[key] or isinstance(value, str) and value in takes[key]
         if not fits and not (type(value) is int and float in takes[key]):
             fail(source, f"{key} takes {described[key]}, not {value!r:.40}")
         given[key] = value if fits else float(value)
+
     def run(name):
         folders = Path(script.get('__file__', name)).resolve().parents
         project = [folder / name for folder in folders if os.path.isfile(folder / 'configurator.py')]
@@ -90,6 +93,7 @@ def _configure(script):
     if ignored and first_process:
         print(f"ignored, no keys of {Path(sys.argv[0]).name}: {', '.join(ignored)}", file=sys.stderr)
     script.update(given, config={**defaults, **given}, given_keys=set(given), key_types=takes)
+
 
 _configure(globals())
 del _configure

@@ -5,6 +5,7 @@ Continue a text with a trained model, or with GPT-2. The text goes to stdout, ev
     python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
     echo "def main(" | python sample.py --start=- --temperature=0 --stream=True
 """
+
 from __future__ import annotations  # the configurator reads annotations as text
 
 import math
@@ -15,21 +16,21 @@ from pathlib import Path
 from typing import Literal
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'         # resume (out_dir/ckpt.pt), gpt2 … gpt2-xl, or a folder that transformers saved
-out_dir = 'out'              # where train.py put its checkpoint
-start = "\n"                 # the prompt; FILE:path reads a file, - reads stdin, empty: <|endoftext|>
-num_samples = 10             # texts to write, as one batch where memory allows
-max_new_tokens = 500         # length of each, in tokens
-temperature = 0.8            # 1 as trained, below 1 safer, above 1 wilder, 0 always the likeliest token
-top_k: int | None = 200      # sample from that many likeliest tokens; 0 or None for all
-top_p: float | None = None   # sample from the fewest tokens whose probabilities reach this sum
-stop: str | None = None      # a text that ends a sample and is not printed, such as "<|endoftext|>"
-stream = False               # print as the text comes, one sample after the other
-seed = 1337                  # sample i depends on (seed, i) alone
-device: str | None = None    # cpu, cuda, cuda:1, mps; None: what is there
+init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2 … gpt2-xl, or a folder that transformers saved
+out_dir = 'out'  # where train.py put its checkpoint
+start = "\n"  # the prompt; FILE:path reads a file, - reads stdin, empty: <|endoftext|>
+num_samples = 10  # texts to write, as one batch where memory allows
+max_new_tokens = 500  # length of each, in tokens
+temperature = 0.8  # 1 as trained, below 1 safer, above 1 wilder, 0 always the likeliest token
+top_k: int | None = 200  # sample from that many likeliest tokens; 0 or None for all
+top_p: float | None = None  # sample from the fewest tokens whose probabilities reach this sum
+stop: str | None = None  # a text that ends a sample and is not printed, such as "<|endoftext|>"
+stream = False  # print as the text comes, one sample after the other
+seed = 1337  # sample i depends on (seed, i) alone
+device: str | None = None  # cpu, cuda, cuda:1, mps; None: what is there
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # None: what the device is good at
-compile = False              # torch.compile: half a minute at the start, for many tokens on a GPU
-config = {}                  # the configurator fills it with all keys
+compile = False  # torch.compile: half a minute at the start, for many tokens on a GPU
+config = {}  # the configurator fills it with all keys
 exec((Path(__file__).resolve().parent / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 # these imports take seconds: --help and most mistakes are answered before
@@ -44,6 +45,7 @@ for key, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0)
 if top_p is not None and not 0 < top_p <= 1:
     sys.exit(f"top_p must be in (0, 1], not {top_p}")
 
+
 def excepthook(kind, error, trace):
     """One line where memory or the disk is full, and none where a reader such as head has read enough."""
     sys.stdout = None  # else Python would try to write the rest once more when it exits
@@ -53,6 +55,7 @@ def excepthook(kind, error, trace):
         print(f"{error.filename or 'cannot write the text'}: {error.strerror}", file=sys.stderr)
     else:
         default_excepthook(kind, error, trace)
+
 
 default_excepthook, sys.excepthook = sys.excepthook, excepthook
 
@@ -79,19 +82,34 @@ autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32
 # one batch if the caches of all samples fit into half the memory, else several of one size
 c, number_size = model.config, 4 if kind == 'cpu' or dtype == 'float32' else 2
 length = 64 * math.ceil(min(c.block_size, len(prompt) + max_new_tokens) / 64)  # else CUDA pads every mask
-memory = torch.cuda.mem_get_info(device)[0] if kind == 'cuda' else 2 ** 33
+memory = torch.cuda.mem_get_info(device)[0] if kind == 'cuda' else 2**33
 if kind != 'cuda' and hasattr(os, 'sysconf'):
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 per_row = c.n_embd * length * (2 * c.n_layer * number_size + 40) + 20 * c.vocab_size  # cache, prompt, logits
 rows = math.ceil(num_samples / math.ceil(num_samples / max(1, memory // 2 // per_row)))
 
+
 def new_tokens(first):
     """The new tokens of samples first … first + rows - 1, as the model's stream of columns (rows, 1)."""
-    draws = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32)
-                      for i in range(first, first + rows)])
+    draws = np.stack(
+        [
+            np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32)
+            for i in range(first, first + rows)
+        ]
+    )
     idx, draws = torch.tensor([prompt], device=device), torch.from_numpy(draws).to(device)
-    return model.stream(idx, max_new_tokens, temperature, top_k, top_p, draws, tokenizer.vocab_size, cache,
-                        static=compile or kind == 'cuda')
+    return model.stream(
+        idx,
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        draws,
+        tokenizer.vocab_size,
+        cache,
+        static=compile or kind == 'cuda',
+    )
+
 
 def text_of(ids, complete):
     """A sample's text up to `stop`, and whether it has ended."""
@@ -100,8 +118,9 @@ def text_of(ids, complete):
         return start + text.partition(stop)[0], True
     if not complete:  # the next token may complete a character, or what is the beginning of `stop`
         text = text.rstrip('\ufffd')
-        text = text[:max(0, len(text) - len(stop) + 1)] if stop else text
+        text = text[: max(0, len(text) - len(stop) + 1)] if stop else text
     return start + text, complete
+
 
 seconds, tokens = {'prefill': 0.0, 'decode': 0.0}, {'prefill': 0, 'decode': 0}
 with autocast:
@@ -110,8 +129,13 @@ with autocast, torch.inference_mode():
     if compile:
         for kv in cache:
             torch._dynamo.mark_static_address(kv)  # CUDA graphs need it
-        problem = compile_method(model, 'decode', lambda: [*zip(range(5), new_tokens(0), strict=False)],
-                                 mode='reduce-overhead', fullgraph=True)
+        problem = compile_method(
+            model,
+            'decode',
+            lambda: [*zip(range(5), new_tokens(0), strict=False)],
+            mode='reduce-overhead',
+            fullgraph=True,
+        )
         if problem:
             print(problem, file=sys.stderr)
             model.for_sampling(device, getattr(torch, dtype))
@@ -145,6 +169,8 @@ with autocast, torch.inference_mode():
         tokens['prefill'] += min(len(prompt), c.block_size)
         tokens['decode'] += row * (n - 1)
 
-speeds = [f"{name} {tokens[name]} tokens in {took:.2f} s, {tokens[name] / max(took, 1e-9):.0f} tok/s"
-          for name, took in seconds.items()]
+speeds = [
+    f"{name} {tokens[name]} tokens in {took:.2f} s, {tokens[name] / max(took, 1e-9):.0f} tok/s"
+    for name, took in seconds.items()
+]
 print('; '.join([*speeds, f"{device}, {dtype}"]), file=sys.stderr)

@@ -6,6 +6,7 @@ One process, on whatever the machine has:
 One machine with 8 GPUs (for several machines see assets/notes.md):
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
+
 from __future__ import annotations  # the configurator reads annotations as text
 
 import ctypes
@@ -28,52 +29,52 @@ ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
 # The keys and their defaults: GPT-2 124M on OpenWebText, half a million tokens an iteration
-out_dir = 'out'                         # folder of the checkpoints, relative to the working directory
-eval_interval = 2000                    # iterations between evaluations, after which a checkpoint is saved
-checkpoint_interval = 0                 # iterations between further checkpoints, 0 for none
-log_interval = 1                        # iterations between log lines
-eval_iters: int | None = 200            # micro-batches per evaluation and split; None: val.bin once, in order
-eval_only = False                       # evaluate once and exit
-always_save_checkpoint = True           # False: ckpt.pt is the best model so far, last.pt the newest state
-keep_checkpoints = 1                    # ckpt.pt and, as ckpt-ITERATION.pt, those that were it before
-rewind = False                          # go back to ckpt.pt and on with other batches if the loss explodes
-init_from = 'scratch'                   # resume, auto (resume if possible), gpt2 … gpt2-xl, or a folder
-seed = 1337                             # of weights, batches and dropout
-wandb_log = False                       # report to Weights & Biases too
+out_dir = 'out'  # folder of the checkpoints, relative to the working directory
+eval_interval = 2000  # iterations between evaluations, after which a checkpoint is saved
+checkpoint_interval = 0  # iterations between further checkpoints, 0 for none
+log_interval = 1  # iterations between log lines
+eval_iters: int | None = 200  # micro-batches per evaluation and split; None: val.bin once, in order
+eval_only = False  # evaluate once and exit
+always_save_checkpoint = True  # False: ckpt.pt is the best model so far, last.pt the newest state
+keep_checkpoints = 1  # ckpt.pt and, as ckpt-ITERATION.pt, those that were it before
+rewind = False  # go back to ckpt.pt and on with other batches if the loss explodes
+init_from = 'scratch'  # resume, auto (resume if possible), gpt2 … gpt2-xl, or a folder
+seed = 1337  # of weights, batches and dropout
+wandb_log = False  # report to Weights & Biases too
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
-dataset: str | None = 'openwebtext'     # a folder of data/; None: random tokens, to time the loop
+dataset: str | None = 'openwebtext'  # a folder of data/; None: random tokens, to time the loop
 sampler: Literal['random', 'epoch'] = 'random'  # windows at random places, or every block once an epoch
-gradient_accumulation_steps = 5 * 8     # micro-batches per iteration, over all processes together
-batch_size = 12                         # sequences per micro-batch
-block_size = 1024                       # tokens per sequence
+gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all processes together
+batch_size = 12  # sequences per micro-batch
+block_size = 1024  # tokens per sequence
 n_layer = 12
 n_head = 12
 n_embd = 768
-dropout = 0.0                           # 0 for pretraining; for fine-tuning and small data try 0.1 and up
-bias = False                            # biases in the linear layers and norms
+dropout = 0.0  # 0 for pretraining; for fine-tuning and small data try 0.1 and up
+bias = False  # biases in the linear layers and norms
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
-learning_rate = 6e-4                    # peak
-max_iters = 600000                      # the run takes exactly this many iterations
+learning_rate = 6e-4  # peak
+max_iters = 600000  # the run takes exactly this many iterations
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0                         # largest norm of the gradient, 0 for no limit
+grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
 # learning rate schedule
-decay_lr = True                         # False: learning_rate throughout
+decay_lr = True  # False: learning_rate throughout
 lr_schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # wsd: constant until the last fifth, then linear
-warmup_iters = 2000                     # iterations of linear warm-up
-lr_decay_iters = 600000                 # where the learning rate arrives at min_lr, usually max_iters
-min_lr = 6e-5                           # usually learning_rate / 10
+warmup_iters = 2000  # iterations of linear warm-up
+lr_decay_iters = 600000  # where the learning rate arrives at min_lr, usually max_iters
+min_lr = 6e-5  # usually learning_rate / 10
 # the machine; None: what is there
-backend: str | None = None              # of torch.distributed: nccl or gloo
-dist_timeout = 600                      # seconds that a process waits for the others
-device: str | None = None               # cpu, cuda, cuda:1, mps
+backend: str | None = None  # of torch.distributed: nccl or gloo
+dist_timeout = 600  # seconds that a process waits for the others
+device: str | None = None  # cpu, cuda, cuda:1, mps
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # float16 scales its gradients
-compile: bool | None = None             # torch.compile; by default on CUDA
-peak_flops: float | None = None         # FLOP/s that mfu is measured against
-activation_checkpointing = False        # compute the blocks twice instead of storing them: less memory
-profile = False                         # profile one iteration: a table, and out_dir/trace.json
+compile: bool | None = None  # torch.compile; by default on CUDA
+peak_flops: float | None = None  # FLOP/s that mfu is measured against
+activation_checkpointing = False  # compute the blocks twice instead of storing them: less memory
+profile = False  # profile one iteration: a table, and out_dir/trace.json
 config, given_keys, key_types = {}, set(), {}  # of the configurator; given: by a file or by --key
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
@@ -91,13 +92,17 @@ from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_
 # ---------- The process: its place among the ranks, what it prints and records, how it ends ----------
 PROJECT = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
 distributed = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= set(os.environ)  # set by torchrun
-rank, local_rank, world_size = (int(os.environ[name]) if distributed else alone for name, alone in
-                                (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-master_process = rank == 0              # prints and saves
+rank, local_rank, world_size = (
+    int(os.environ[name]) if distributed else alone
+    for name, alone in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
+)
+master_process = rank == 0  # prints and saves
 saving = dataset is not None and not eval_only  # whether this run leaves files
-ckpt_path, last_path, metrics_path = (os.path.join(out_dir, name)
-                                      for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl'))
-stop_requested = False                  # by SIGTERM or Ctrl-C; the loop stops where the state is complete
+ckpt_path, last_path, metrics_path = (
+    os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl')
+)
+stop_requested = False  # by SIGTERM or Ctrl-C; the loop stops where the state is complete
+
 
 class Log:
     """What a run tells: lines on the screen, a progress bar under them, metrics.jsonl, Weights & Biases."""
@@ -115,9 +120,14 @@ class Log:
     def start_clock(self, iter_num):
         """Times training from this iteration on. Called again after everything that is not training."""
         if self.bar.total is None:
-            self.bar = tqdm(total=max_iters, initial=iter_num, leave=False, dynamic_ncols=True,
-                            disable=None if master_process and not eval_only else True,
-                            bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}')
+            self.bar = tqdm(
+                total=max_iters,
+                initial=iter_num,
+                leave=False,
+                dynamic_ncols=True,
+                disable=None if master_process and not eval_only else True,
+                bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}',
+            )
         self.bar.update(iter_num - self.bar.n)
         self.clock, self.clock_iter = time.perf_counter(), iter_num
         if iter_num == start_iter:
@@ -129,13 +139,23 @@ class Log:
         seconds = (now - self.clock) / (done - self.clock_iter)
         left = round((now - self.run_start) / (done - start_iter) * (max_iters - done))
         mfu = model.estimate_mfu(tokens_per_iter / block_size / world_size, seconds, peak_flops)
-        speed = (f"{tokens_per_iter / seconds:,.0f} tok/s, "
-                 f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        speed = (
+            f"{tokens_per_iter / seconds:,.0f} tok/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
         self.bar.set_description_str(f"loss {loss:.4f}, {speed}", refresh=False)
-        self.line(f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, "
-                  f"mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed}, {peak_memory():.2f} GB")
-        self.record('train', iter_num, loss=loss, grad_norm=grad_norm if math.isfinite(grad_norm) else None,
-                    mfu=mfu, ms=seconds * 1000, tokens_per_second=tokens_per_iter / seconds)
+        self.line(
+            f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, "
+            f"mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed}, {peak_memory():.2f} GB"
+        )
+        self.record(
+            'train',
+            iter_num,
+            loss=loss,
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+            mfu=mfu,
+            ms=seconds * 1000,
+            tokens_per_second=tokens_per_iter / seconds,
+        )
         self.timings.append(seconds)
         self.start_clock(done)
 
@@ -161,12 +181,20 @@ class Log:
         """Starts a run of Weights & Biases, or goes on with the one of run_id."""
         try:
             from wandb import init  # an error too for the folder `wandb` that its runs leave
-            self.wandb_run = init(project=wandb_project, name=wandb_run_name, config=config, id=run_id,
-                                  resume='allow' if run_id else None)
+
+            self.wandb_run = init(
+                project=wandb_project,
+                name=wandb_run_name,
+                config=config,
+                id=run_id,
+                resume='allow' if run_id else None,
+            )
             self.wandb_run.define_metric('*', step_metric='iter')  # so that a repeated point replaces itself
         except Exception as error:  # of many kinds
-            fail(f"wandb does not start ({one_line(error)}): `pip install wandb` if that is what it lacks, "
-                 "WANDB_MODE=offline without a login or a server; or --wandb_log=False")
+            fail(
+                f"wandb does not start ({one_line(error)}): `pip install wandb` if that is what it lacks, "
+                "WANDB_MODE=offline without a login or a server; or --wandb_log=False"
+            )
 
     def to_wandb(self, method, *arguments):
         """Calls a method of wandb's run, if there is one. A failure is a line, and training goes on."""
@@ -179,7 +207,9 @@ class Log:
             with suppress(Exception):  # else wandb prints the same again when Python exits
                 sys.modules['wandb'].teardown()
 
+
 log = Log()
+
 
 def fail(message):
     """Ends the run in one line."""
@@ -191,6 +221,7 @@ def fail(message):
         print(message, file=sys.__stderr__, flush=True)  # the wrapped sys.stderr puts the rank in front
         os._exit(1)  # gloo's threads abort one teardown of the interpreter in twelve
     sys.exit(str(message))
+
 
 def excepthook(kind, error, trace):
     """One line for what is not a bug: what our own files raise, the file system, lost ranks, no memory."""
@@ -210,13 +241,16 @@ def excepthook(kind, error, trace):
     else:
         default_excepthook(kind, error, error.__traceback__)
 
+
 def request_stop(number, frame):
     global stop_requested
     stop_requested = True
     if not distributed:  # torchrun repeats the first Ctrl-C; here a second one ends the run at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 default_excepthook, sys.excepthook = sys.excepthook, excepthook
+
 
 def all_reduce(values, operation=dist.ReduceOp.SUM):
     """The sum, or another reduction, of a tensor over all ranks."""
@@ -224,14 +258,17 @@ def all_reduce(values, operation=dist.ReduceOp.SUM):
         dist.all_reduce(values, operation)
     return values
 
+
 # ---------- The run and the machine: folder, checkpoint to resume, settings, device ----------
 # Keys that are never taken from a checkpoint; a resumed run takes all others unless they are given
 NOT_TAKEN = 'out_dir init_from eval_only profile device dtype compile backend dist_timeout peak_flops'.split()
+
 
 def set_keys(**values):
     """Rebinds keys that were left open. A key is a global and an entry of config, always the same."""
     globals().update(values)
     config.update(values)
+
 
 def lock_out_dir():
     """Makes out_dir and locks it for this process, for as long as the returned file is open."""
@@ -239,6 +276,7 @@ def lock_out_dir():
     lock = open(os.path.join(out_dir, '.lock'), 'a')
     with suppress(ImportError):  # on Windows
         import fcntl
+
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a notebook may lock again what it has locked
         except (BlockingIOError, PermissionError):
@@ -247,10 +285,12 @@ def lock_out_dir():
             log.line(f"{out_dir} cannot be locked ({error.strerror}): do not start another run there")
     return lock
 
+
 def kept_checkpoints():
     """The paths of ckpt-ITERATION.pt, newest first."""
     kept = [path for path in Path(out_dir).glob('ckpt-*.pt') if path.stem[5:].isdecimal()]
     return [str(path) for path in sorted(kept, key=lambda path: -int(path.stem[5:]))]
+
 
 def newest_checkpoint():
     """(checkpoint, its path, iteration of ckpt.pt) of ckpt.pt or last.pt, whichever is newer and has not
@@ -268,37 +308,47 @@ def newest_checkpoint():
     path = max(read, key=lambda path: (not read[path].get('exploded'), read[path]['iter_num']))
     return read[path], path, read.get(ckpt_path, {}).get('iter_num')
 
+
 folder_lock = lock_out_dir() if master_process and (saving or profile) else None
 found = [path for path in (ckpt_path, last_path, *kept_checkpoints()) if os.path.exists(path)]
 if init_from == 'auto':
     set_keys(init_from='resume' if found else 'scratch')
 checkpoint, resume_path, ckpt_iter = newest_checkpoint() if init_from == 'resume' else ({}, None, None)
 start_iter, saved_iter = checkpoint.get('iter_num', 0), checkpoint.get('iter_num')  # saved: in a file
-saved_config = {key: float(value) if type(value) is int and float in key_types[key] else value
-                for key, value in checkpoint.get('config', {}).items()
-                if key in config and key not in NOT_TAKEN}
+saved_config = {
+    key: float(value) if type(value) is int and float in key_types[key] else value
+    for key, value in checkpoint.get('config', {}).items()
+    if key in config and key not in NOT_TAKEN
+}
 for key in saved_config.keys() - given_keys:
     if type(saved_config[key]) not in key_types[key] and saved_config[key] not in key_types[key]:
         fail(f"{resume_path} has {key}={saved_config[key]!r}: set it to what --help lists")
     set_keys(**{key: saved_config[key]})
 
 for least, keys in (
-        (1, 'eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size'),
-        (0, 'seed max_iters warmup_iters grad_clip checkpoint_interval learning_rate weight_decay')):
+    (1, 'eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size'),
+    (0, 'seed max_iters warmup_iters grad_clip checkpoint_interval learning_rate weight_decay'),
+):
     for key in keys.split():
         if config[key] is not None and config[key] < least:
             fail(f"{key} must be at least {least}, not {config[key]}")
 if dataset is None and (eval_only or resume_path or max_iters <= log_interval):
     fail("dataset=None only times training, for more than log_interval iterations: name a --dataset")
 if gradient_accumulation_steps % world_size:
-    fail(f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size "
-         f"{world_size}: try {math.ceil(gradient_accumulation_steps / world_size) * world_size}")
+    fail(
+        f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size "
+        f"{world_size}: try {math.ceil(gradient_accumulation_steps / world_size) * world_size}"
+    )
 
 device, dtype = choose_device(device, dtype, local_rank)
 device_type = torch.device(device).type
-set_keys(device=device, dtype=dtype, peak_flops=peak_flops or peak_flops_of(device, dtype),
-         backend=backend or ('nccl' if device_type == 'cuda' else 'gloo'),
-         compile=device_type == 'cuda' and os.name == 'posix' if compile is None else compile)
+set_keys(
+    device=device,
+    dtype=dtype,
+    peak_flops=peak_flops or peak_flops_of(device, dtype),
+    backend=backend or ('nccl' if device_type == 'cuda' else 'gloo'),
+    compile=device_type == 'cuda' and os.name == 'posix' if compile is None else compile,
+)
 if distributed and (device_type == 'mps' or not dist.is_backend_available(backend)):
     fail(f"backend {backend!r} on {device}: this PyTorch has none; --device=cpu --backend=gloo runs anywhere")
 if dropout and activation_checkpointing and (device_type == 'mps' or compile and device_type == 'cuda'):
@@ -307,10 +357,11 @@ if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 where float32 remains
 with suppress(AttributeError, OSError, TypeError):  # glibc only: saves up to a third of a step
-    ctypes.CDLL(None).mallopt(-4, 0)    # M_MMAP_MAX: no pages of its own for a large block
-    ctypes.CDLL(None).mallopt(-1, -1)   # M_TRIM_THRESHOLD: nothing goes back to the system
+    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of its own for a large block
+    ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+
 
 def peak_memory():
     """The most memory that this process has used on its device, in GB; 0 where the system does not tell."""
@@ -319,8 +370,10 @@ def peak_memory():
     if device_type == 'mps' or os.name != 'posix':
         return 0.0
     import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1e-9 if sys.platform == 'darwin' else 1.024e-6)  # bytes on macOS, KiB elsewhere
+
 
 # Randomness is a function of (seed, stream, iteration, micro-step): nothing of it needs saving, and a
 # micro-batch is the same whichever rank draws it. (The ranks take the micro-steps in turn.)
@@ -328,9 +381,11 @@ STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3, 'epoch': 4}
 
 rewinds = checkpoint.get('rewinds', 0)  # how often the run went back since its best model: other batches
 
+
 def rng(stream, iteration, micro_step=0):
     shift = 0 if stream.startswith('eval') else rewinds << 32
     return np.random.default_rng((seed, STREAMS[stream], iteration + shift, micro_step))
+
 
 # ---------- The model and its optimizer ----------
 data_dir = ROOT / 'data' / (dataset or '')
@@ -338,9 +393,16 @@ prepare_command = f"python {os.path.join(PROJECT, 'data', dataset or '', 'prepar
 for path in (data_dir / 'train.bin', data_dir / 'val.bin') if dataset else ():
     if not path.is_file():
         known = {p.parent.name for name in ('prepare.py', 'train.bin') for p in ROOT.glob(f'data/*/{name}')}
-        fail(f"there is no {path}: " + (f"run `{prepare_command}` first" if (data_dir / 'prepare.py').exists()
-                                        else f"dataset {dataset!r} is none of {', '.join(sorted(known))}"))
+        fail(
+            f"there is no {path}: "
+            + (
+                f"run `{prepare_command}` first"
+                if (data_dir / 'prepare.py').exists()
+                else f"dataset {dataset!r} is none of {', '.join(sorted(known))}"
+            )
+        )
 tokenizer_spec = read_tokenizer_spec(data_dir) if dataset else {'kind': 'gpt2'}
+
 
 def make_model(checkpoint):
     """The model of a checkpoint to go on from, or a new one, or the one that init_from names."""
@@ -358,6 +420,7 @@ def make_model(checkpoint):
         raise ValueError(f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}")
     model.crop_block_size(min(block_size, model.config.block_size))
     return model.to(device).train()
+
 
 def make_optimizer(checkpoint):
     """On resume the moments are the checkpoint's; learning rate, weight decay and betas those of the keys."""
@@ -380,6 +443,7 @@ def make_optimizer(checkpoint):
         raise ValueError(f"{resume_path} has the state of another --optimizer than {optimizer}") from error
     return optim
 
+
 torch.manual_seed(seed)
 model = make_model(checkpoint)
 model.activation_checkpointing = activation_checkpointing
@@ -387,15 +451,26 @@ optim = make_optimizer(checkpoint)
 scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())  # {} if the scaler was off
 iter_num, best_val_loss = start_iter, checkpoint.get('best_val_loss', math.inf)
 # What a checkpoint tells of its model: nanoGPT's seven keys, and one more only where we depart from nanoGPT
-model_args = {key: getattr(model.config, key) for key in (
-    'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dropout', 'vocab_size',
-    *(('activation',) if model.config.activation != 'gelu' else ()))}
+model_args = {
+    key: getattr(model.config, key)
+    for key in (
+        'n_layer',
+        'n_head',
+        'n_embd',
+        'block_size',
+        'bias',
+        'dropout',
+        'vocab_size',
+        *(('activation',) if model.config.activation != 'gelu' else ()),
+    )
+}
 for key in model_args:
     if key in config and config[key] != model_args[key]:
         log.line(f"{key} is {model_args[key]!r}, as the weights have it, not {config[key]!r}")
         set_keys(**{key: model_args[key]})
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 earlier_tokens = checkpoint.get('tokens', start_iter * tokens_per_iter) - start_iter * tokens_per_iter
+
 
 # ---------- The data ----------
 def open_bin(path):
@@ -404,17 +479,22 @@ def open_bin(path):
     if size % 2:
         fail(f"{path} is cut off in the middle of a token: run `{prepare_command}` again")
     if size // 2 <= block_size:
-        fail(f"{path} holds {size // 2} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
-             "use a smaller --block_size or more text")
+        fail(
+            f"{path} holds {size // 2} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
+            "use a smaller --block_size or more text"
+        )
     return np.asarray(np.memmap(path, dtype='<u2', mode='r'))
 
+
 if dataset is None:
-    train_data = val_data = rng('train', 0).integers(min(model_args['vocab_size'], 50257), dtype='<u2',
-                                                     size=max(2 ** 20, 2 * block_size))
+    train_data = val_data = rng('train', 0).integers(
+        min(model_args['vocab_size'], 50257), dtype='<u2', size=max(2**20, 2 * block_size)
+    )
 else:
     train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
 eval_batches = eval_iters or math.ceil((len(val_data) - 1) / (batch_size * block_size))
 blocks = max(1, len(train_data) // block_size - 1)  # per epoch, one fewer than fit: room for the offset
+
 
 @lru_cache(maxsize=2)
 def blocks_of_epoch(epoch, rewinds):
@@ -422,6 +502,7 @@ def blocks_of_epoch(epoch, rewinds):
     random = rng('epoch', epoch)
     offset = random.integers(len(train_data) - blocks * block_size)  # in the end every token has its turn
     return offset + block_size * random.permutation(blocks)
+
 
 @lru_cache(maxsize=1)  # so that the next batch can be read ahead
 def get_batch(stream, iteration, micro_step):
@@ -436,31 +517,43 @@ def get_batch(stream, iteration, micro_step):
         starts = np.array([blocks_of_epoch(n, rewinds)[i] for n, i in zip(epochs, indices, strict=True)])
     else:
         starts = rng(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
-    positions = starts[:, None] + np.arange(block_size + 1)                       # (B, T + 1)
-    tokens = data[np.minimum(positions, len(data) - 1)]                           # (B, T + 1) uint16
+    positions = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    tokens = data[np.minimum(positions, len(data) - 1)]  # (B, T + 1) uint16
     if tokens.max() >= model_args['vocab_size']:
-        fail(f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at "
-             f"{model_args['vocab_size'] - 1}: was the data prepared with another tokenizer?")
-    tokens = torch.from_numpy(tokens.view(np.int16))                           # uint16 is rarely supported
+        fail(
+            f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at "
+            f"{model_args['vocab_size'] - 1}: was the data prepared with another tokenizer?"
+        )
+    tokens = torch.from_numpy(tokens.view(np.int16))  # uint16 is rarely supported
     tokens = tokens.pin_memory() if device_type == 'cuda' else tokens
-    tokens = tokens.to(device, non_blocking=True).long() & 0xFFFF              # (B, T + 1), unsigned again
+    tokens = tokens.to(device, non_blocking=True).long() & 0xFFFF  # (B, T + 1), unsigned again
     X, Y = tokens[:, :-1], tokens[:, 1:].contiguous()
     if in_order:
         Y = Y.masked_fill(torch.from_numpy(positions[:, 1:] >= len(data)).to(device), -1)
     return X, Y
 
+
 # ---------- torch.compile, then DistributedDataParallel ----------
 log.line(f"tokens per iteration will be: {tokens_per_iter:,}")
-log.line((f"resuming {resume_path} at iteration {start_iter}" if resume_path else
-          "a new model" if init_from == 'scratch' else f"weights from {init_from}")
-         + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; "
-           f"{device}, {dtype}" + " (this CPU has units for it)" * (
-               (device, dtype) == ('cpu', 'bfloat16') and 'dtype' not in given_keys)
-         + f", {world_size} processes" * distributed)
+log.line(
+    (
+        f"resuming {resume_path} at iteration {start_iter}"
+        if resume_path
+        else "a new model"
+        if init_from == 'scratch'
+        else f"weights from {init_from}"
+    )
+    + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; "
+    f"{device}, {dtype}"
+    + " (this CPU has units for it)" * ((device, dtype) == ('cpu', 'bfloat16') and 'dtype' not in given_keys)
+    + f", {world_size} processes" * distributed
+)
 if saving:
-    log.line(f"data/{dataset}: {len(train_data):,} tokens to train on, "
-             f"{max_iters * tokens_per_iter / len(train_data):.2f} epochs in {max_iters:,} iterations; "
-             f"{len(val_data):,} to validate on")
+    log.line(
+        f"data/{dataset}: {len(train_data):,} tokens to train on, "
+        f"{max_iters * tokens_per_iter / len(train_data):.2f} epochs in {max_iters:,} iterations; "
+        f"{len(val_data):,} to validate on"
+    )
 for key, saved in {'dtype': dtype, **checkpoint.get('config', {})}.items():
     if key in (*saved_config, 'dtype') and config[key] != saved:
         log.line(f"{key} was {saved!r} in the checkpoint, is {config[key]!r} now")
@@ -471,6 +564,7 @@ elif saving and decay_lr and warmup_iters >= max_iters:
 elif saving and decay_lr and lr_decay_iters < max_iters:
     log.line(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
 
+
 def try_compiled():
     for training in (False, True):  # evaluation is compiled too
         with autocast, torch.set_grad_enabled(training):
@@ -478,17 +572,19 @@ def try_compiled():
     loss.backward()
     model.zero_grad(set_to_none=True)
 
+
 if compile:
     problem = compile_method(model, 'forward', try_compiled)
     set_keys(compile=not problem)
     log.line(problem or "compiled")
-ddp_model = model.train()               # compiling may have failed while it evaluated
+ddp_model = model.train()  # compiling may have failed while it evaluated
 if distributed:
     dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
     last, first = all_reduce(torch.tensor([start_iter, -start_iter], device=device), dist.ReduceOp.MAX)
     if first + last:
         fail(f"checkpoints of iterations {-first} and {last} were found: {out_dir} must be one shared folder")
     ddp_model = DistributedDataParallel(model)
+
 
 # ---------- Evaluating, the schedule, one iteration, saving, stopping ----------
 @torch.no_grad()
@@ -513,13 +609,16 @@ def estimate_loss(batches):
     totals, weights = all_reduce(losses).T
     return (totals / weights).tolist()
 
+
 def perplexity(loss):
     """The loss of all of val.bin as papers do: per token, and per word where prepare.py counted them."""
     counts = {'token': len(val_data) - 1}
     with suppress(OSError, ValueError, KeyError, TypeError):
         counts['word'] = int(json.loads((data_dir / 'words.json').read_text())['val'])
     return "\nval.bin once through: perplexity " + ', '.join(
-        f"{np.exp(loss * counts['token'] / n):.2f} per {unit} ({n:,})" for unit, n in counts.items())
+        f"{np.exp(loss * counts['token'] / n):.2f} per {unit} ({n:,})" for unit, n in counts.items()
+    )
+
 
 def get_lr(it):
     """Linear warm-up to learning_rate, then down to min_lr in the shape that lr_schedule names."""
@@ -530,10 +629,13 @@ def get_lr(it):
     if it >= lr_decay_iters:
         return min_lr
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    factor = {'cosine': 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2017
-              'linear': 1 - progress,
-              'wsd': min(1, 5 * (1 - progress))}[lr_schedule]      # Hu et al. 2024, MiniCPM
+    factor = {
+        'cosine': 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2017
+        'linear': 1 - progress,
+        'wsd': min(1, 5 * (1 - progress)),
+    }[lr_schedule]  # Hu et al. 2024, MiniCPM
     return min_lr + factor * (learning_rate - min_lr)
+
 
 def train_step(iter_num):
     """One iteration -> (this rank's sum of losses, gradient norm), or (None, None) if a stop came before."""
@@ -545,7 +647,7 @@ def train_step(iter_num):
         if distributed:  # gradients are averaged over the ranks once, in the last backward pass
             ddp_model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
         if dropout:
-            torch.manual_seed(int(rng('dropout', iter_num, micro_step).integers(2 ** 63)))
+            torch.manual_seed(int(rng('dropout', iter_num, micro_step).integers(2**63)))
         with autocast:
             loss = ddp_model(X, Y, return_logits=False)[1]
         scaler.scale(loss * (1 / gradient_accumulation_steps)).backward()
@@ -563,6 +665,7 @@ def train_step(iter_num):
     optim.zero_grad(set_to_none=True)
     return loss_sum, grad_norm
 
+
 def save_checkpoint(to_ckpt, exploded):
     """Saves ckpt.pt or, where that is to stay, last.pt, which resume takes if it is newer and sound."""
     global saved_iter, ckpt_iter
@@ -571,11 +674,21 @@ def save_checkpoint(to_ckpt, exploded):
     ckpt_iter = iter_num if path == ckpt_path else old_iter
     if not master_process:
         return
-    state = {'model': model.state_dict(), 'optimizer': optim.state_dict(), 'model_args': model_args,
-             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'tokenizer': tokenizer_spec,
-             'config': config, 'scaler': scaler.state_dict(), 'wandb_id': log.wandb_run and log.wandb_run.id,
-             'exploded': exploded, 'rewinds': rewinds, 'tokens': earlier_tokens + iter_num * tokens_per_iter,
-             'metrics_bytes': os.path.getsize(log.metrics_path) if os.path.exists(log.metrics_path) else 0}
+    state = {
+        'model': model.state_dict(),
+        'optimizer': optim.state_dict(),
+        'model_args': model_args,
+        'iter_num': iter_num,
+        'best_val_loss': best_val_loss,
+        'tokenizer': tokenizer_spec,
+        'config': config,
+        'scaler': scaler.state_dict(),
+        'wandb_id': log.wandb_run and log.wandb_run.id,
+        'exploded': exploded,
+        'rewinds': rewinds,
+        'tokens': earlier_tokens + iter_num * tokens_per_iter,
+        'metrics_bytes': os.path.getsize(log.metrics_path) if os.path.exists(log.metrics_path) else 0,
+    }
     with atomic_write(path) as f:  # a kill leaves the old or the new one, complete
         torch.save(state, f)
         if first_save:  # files of an earlier run in this folder are kept
@@ -587,17 +700,20 @@ def save_checkpoint(to_ckpt, exploded):
             log.metrics_path = metrics_path
         elif path == ckpt_path and keep_checkpoints > 1 and old_iter is not None and os.path.exists(path):
             link(ckpt_path, os.path.join(out_dir, f'ckpt-{old_iter}.pt'))
-            for old in kept_checkpoints()[keep_checkpoints - 1:]:
+            for old in kept_checkpoints()[keep_checkpoints - 1 :]:
                 os.unlink(old)
     if path == ckpt_path:
         Path(last_path).unlink(missing_ok=True)  # older now
+
 
 def go_back(problem):
     """Goes on from ckpt.pt with other batches if `rewind` is set, else ends the run and keeps its files."""
     global iter_num, start_iter, saved_iter, rewinds, earlier_tokens
     if not rewind or ckpt_iter is None or rewinds == 3:
-        fail(f"iteration {iter_num}: {problem}" + f" after {rewinds} rewinds" * (rewinds > 0) + ". Go on from"
-             " the last checkpoint, or start again, with a lower --learning_rate")
+        fail(
+            f"iteration {iter_num}: {problem}" + f" after {rewinds} rewinds" * (rewinds > 0) + ". Go on from"
+            " the last checkpoint, or start again, with a lower --learning_rate"
+        )
     checkpoint = read_checkpoint(ckpt_path)
     if checkpoint['iter_num'] != ckpt_iter:
         fail(f"{ckpt_path} is not the one that was saved (rank {rank}): out_dir must be one shared folder")
@@ -611,6 +727,7 @@ def go_back(problem):
     if master_process:
         log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
 
+
 def stop_votes():
     """Yields before each iteration whether all ranks stop there. Each posts its flag, and all read the sum an
     iteration later: they agree, and nobody has waited."""
@@ -622,6 +739,7 @@ def stop_votes():
         work.wait()
         agreed = votes.item() > 0
 
+
 def report_profile(profiler):
     """A table of an iteration's costliest operations, and a trace of it all."""
     order = f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total"
@@ -631,6 +749,7 @@ def report_profile(profiler):
     log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
     log.start_clock(iter_num + 1)
 
+
 # ---------- The loop ----------
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, request_stop)
@@ -638,7 +757,7 @@ if saving and master_process:
     log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
     if wandb_log:
         log.open_wandb(checkpoint.get('wandb_id'))
-del checkpoint                          # frees its memory
+del checkpoint  # frees its memory
 votes = stop_votes() if distributed else None
 log.start_clock(iter_num)
 
@@ -646,8 +765,15 @@ while True:
     stopping = next(votes) if distributed else stop_requested
     finished = eval_only or iter_num >= max_iters
     at_evaluation = dataset and not stopping and (finished or iter_num % eval_interval == 0)
-    at_checkpoint = saving and iter_num and (iter_num == start_iter or iter_num != saved_iter and (
-        stopping or checkpoint_interval and iter_num % checkpoint_interval == 0))
+    at_checkpoint = (
+        saving
+        and iter_num
+        and (
+            iter_num == start_iter
+            or iter_num != saved_iter
+            and (stopping or checkpoint_interval and iter_num % checkpoint_interval == 0)
+        )
+    )
     if at_evaluation or at_checkpoint:  # at a checkpoint between evaluations a few batches will do
         losses = estimate_loss(eval_batches if at_evaluation else min(10, eval_batches))
         if losses is None:
@@ -657,9 +783,12 @@ while True:
         exploded = saving and not (sum(losses) < math.inf and min(losses) <= best_val_loss + 0.5)
         if exploded and iter_num == start_iter > 0:  # other data than those the best was measured on
             exploded, best_val_loss = False, math.inf
-        log.line(f"{'step' if at_evaluation else 'checkpoint'} {iter_num}: train loss {train_loss:.4f}, "
-                 f"val loss {val_loss:.4f}" + f"; exploded, no new {ckpt_path}" * exploded
-                 + (perplexity(val_loss) if at_evaluation and eval_iters is None else ''))
+        log.line(
+            f"{'step' if at_evaluation else 'checkpoint'} {iter_num}: train loss {train_loss:.4f}, "
+            f"val loss {val_loss:.4f}"
+            + f"; exploded, no new {ckpt_path}" * exploded
+            + (perplexity(val_loss) if at_evaluation and eval_iters is None else '')
+        )
         if exploded and (ckpt_iter is None or not stopping and (rewind or not math.isfinite(sum(losses)))):
             go_back("the loss has exploded")
             continue
@@ -675,14 +804,22 @@ while True:
         launch = 'torchrun …' if distributed else 'python'
         machine = [f'--{key}={config[key]}' for key in ('device', 'dtype', 'compile') if key in given_keys]
         command = shlex.join([sys.argv[0], '--init_from=resume', f'--out_dir={out_dir}', *machine])
-        log.line(f"stopped before iteration {iter_num}: " + (
-            f"go on with `{launch} {command}`" if saved_iter else "nothing has changed, nothing is saved"))
+        log.line(
+            f"stopped before iteration {iter_num}: "
+            + (f"go on with `{launch} {command}`" if saved_iter else "nothing has changed, nothing is saved")
+        )
         break
     if finished:
         if saving and iter_num:
-            log.line(f"best val loss {best_val_loss:.4f}" + (
-                f"; {ckpt_path} is the last, of {val_loss:.4f}: always_save_checkpoint=False keeps the best"
-                if always_save_checkpoint and val_loss > best_val_loss and not exploded else ''))
+            log.line(
+                f"best val loss {best_val_loss:.4f}"
+                + (
+                    f"; {ckpt_path} is the last, of {val_loss:.4f}: "
+                    "always_save_checkpoint=False keeps the best"
+                    if always_save_checkpoint and val_loss > best_val_loss and not exploded
+                    else ''
+                )
+            )
             arguments = shlex.join([os.path.join(PROJECT, 'sample.py'), f'--out_dir={out_dir}'])
             log.line(f"sample from it: python {arguments}")
         break
@@ -704,14 +841,24 @@ while True:
 
 log.bar.close()
 if dataset is None and master_process and log.timings:
-    ms = 1000 * np.array(log.timings[-max(1, len(log.timings) * 3 // 4):])  # the first quarter warms up
+    ms = 1000 * np.array(log.timings[-max(1, len(log.timings) * 3 // 4) :])  # the first quarter warms up
     speed = tokens_per_iter * 1000 / np.median(ms)
-    print(json.dumps({
-        'device': torch.cuda.get_device_name() if device_type == 'cuda' else device, 'processes': world_size,
-        'threads': torch.get_num_threads(), 'torch': torch.__version__, 'peak_memory_gb': peak_memory(),
-        'tokens_per_second': speed, 'ms': {'median': np.median(ms), 'min': ms.min(), 'max': ms.max()},
-        'mfu': model.estimate_mfu(speed / block_size / world_size, 1, peak_flops), 'settings': config}))
-del folder_lock                         # a notebook goes on
+    print(
+        json.dumps(
+            {
+                'device': torch.cuda.get_device_name() if device_type == 'cuda' else device,
+                'processes': world_size,
+                'threads': torch.get_num_threads(),
+                'torch': torch.__version__,
+                'peak_memory_gb': peak_memory(),
+                'tokens_per_second': speed,
+                'ms': {'median': np.median(ms), 'min': ms.min(), 'max': ms.max()},
+                'mfu': model.estimate_mfu(speed / block_size / world_size, 1, peak_flops),
+                'settings': config,
+            }
+        )
+    )
+del folder_lock  # a notebook goes on
 if distributed:
     dist.barrier()  # until the last checkpoint is saved
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ on two CPU cores.
     python assets/figures.py /tmp/nanoGPT
 The runs leave their results in out-figures/, and the next call draws these. Delete it to measure again.
 """
+
 import importlib.util
 import json
 import re
@@ -28,9 +29,11 @@ import model as ours  # noqa: E402
 
 OUT = ROOT / 'out-figures'
 # nanoGPT's run for a CPU, as in README.md, but with more evaluations and more batches in each
-CPU = ('--device=cpu --compile=False --eval_interval=100 --eval_iters=100 --log_interval=1 '
-       '--always_save_checkpoint=False --batch_size=12 --block_size=64 '
-       '--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0').split()
+CPU = (
+    '--device=cpu --compile=False --eval_interval=100 --eval_iters=100 --log_interval=1 '
+    '--always_save_checkpoint=False --batch_size=12 --block_size=64 '
+    '--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0'
+).split()
 ADAMW = 'config/train_shakespeare_char.py --max_iters={0} --lr_decay_iters={0}'
 MUON = 'config/train_shakespeare_char_fast.py --learning_rate=8e-3 --max_iters={0} --lr_decay_iters={0}'
 RUNS = {  # name in the legend: whose code, arguments
@@ -39,8 +42,14 @@ RUNS = {  # name in the legend: whose code, arguments
     'ours, Muon, 666 iterations': ('ours', MUON.format(666)),
     'ours, Muon, 2000 iterations': ('ours', MUON.format(2000)),
 }
-COLORS = {'nanoGPT': 'tab:red', 'ours, AdamW': 'tab:blue', 'ours, Muon, 666 iterations': 'tab:cyan',
-          'ours, Muon, 2000 iterations': 'tab:green', 'transformers': 'tab:orange', 'ours': 'tab:blue'}
+COLORS = {
+    'nanoGPT': 'tab:red',
+    'ours, AdamW': 'tab:blue',
+    'ours, Muon, 666 iterations': 'tab:cyan',
+    'ours, Muon, 2000 iterations': 'tab:green',
+    'transformers': 'tab:orange',
+    'ours': 'tab:blue',
+}
 LENGTHS = 8, 64, 128, 256, 512, 768, 1000
 
 
@@ -50,9 +59,13 @@ def train(nanogpt, name):
     folder = OUT / re.sub(r'\W+', '-', name)
     if not (folder / 'metrics.jsonl').is_file():
         print(f"{name}: {words}", flush=True)
-        done = subprocess.run([sys.executable, 'train.py', *words.split(), *CPU, f'--out_dir={folder}'],
-                              cwd={'nanoGPT': nanogpt, 'ours': ROOT}[code],
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, 'train.py', *words.split(), *CPU, f'--out_dir={folder}'],
+            cwd={'nanoGPT': nanogpt, 'ours': ROOT}[code],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         if code == 'nanoGPT':  # nanoGPT has no metrics.jsonl, so its output becomes one
             steps = re.findall(r'^step (\d+): .*val loss ([\d.]+)', done.stdout, re.M)
             lines = [{'iter': int(i), 'tokens': int(i) * 768, 'val/loss': float(loss)} for i, loss in steps]
@@ -75,6 +88,7 @@ def time_sampling(nanogpt):
     if results.is_file():
         return json.loads(results.read_text())
     from transformers import GPT2Config, GPT2LMHeadModel
+
     spec = importlib.util.spec_from_file_location('nanogpt', nanogpt / 'model.py')
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
@@ -93,8 +107,10 @@ def time_sampling(nanogpt):
 
     def time_transformers(idx):  # nine tokens less one: the first also reads the prompt
         def generate(n):
-            hf_model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=True,
-                              top_k=None)
+            hf_model.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=True, top_k=None
+            )
+
         one, nine = seconds(lambda: generate(1)), seconds(lambda: generate(9))
         return (nine - one) / 8
 
@@ -138,20 +154,25 @@ def main(nanogpt):
         tokens = [line['tokens'] / 1e6 for line in evaluations]
         seconds = [clock[line['iter']] for line in evaluations]
         losses = [line['val/loss'] for line in evaluations]
-        print(f"{name}: {losses[-1]:.3f} after {seconds[-1]:.0f} s and {tokens[-1]:.2f}M tokens; "
-              f"lowest {min(losses):.3f}")
+        print(
+            f"{name}: {losses[-1]:.3f} after {seconds[-1]:.0f} s and {tokens[-1]:.2f}M tokens; "
+            f"lowest {min(losses):.3f}"
+        )
         for panel, x in zip(panels, (tokens, seconds), strict=True):
             panel.plot(x, losses, label=name, color=COLORS[name])
-    panels[0].set(xlabel='million tokens (characters)', ylabel='validation loss, nats a character',
-                  ylim=(1.5, 3))
+    panels[0].set(
+        xlabel='million tokens (characters)', ylabel='validation loss, nats a character', ylim=(1.5, 3)
+    )
     panels[1].set(xlabel='seconds of training')
     panels[0].legend(frameon=False)
     finish(figure, 'loss.png')
 
     figure, panel = plt.subplots(figsize=(6, 3.8), layout='constrained')
     for code, times in time_sampling(theirs).items():
-        print(f"{code}: " + ', '.join(f"{ms:.0f} ms behind {length}"
-                                      for length, ms in zip(LENGTHS, times, strict=True)))
+        print(
+            f"{code}: "
+            + ', '.join(f"{ms:.0f} ms behind {length}" for length, ms in zip(LENGTHS, times, strict=True))
+        )
         panel.plot(LENGTHS, times, marker='o', label=code, color=COLORS[code])
     panel.set(xlabel='tokens before it', ylabel='ms for one more token', yscale='log')
     panel.legend(frameon=False)

@@ -6,6 +6,7 @@ The table of speed and memory in README.md: runs nanoGPT's train.py and ours in 
 A row shows medians over the rounds: milliseconds per iteration, their ratio to the first row, tokens per
 second, and mfu by nanoGPT's formula. The memory is the highest peak of the GPU, or of the process on a CPU.
 """
+
 import pickle
 import re
 import shutil
@@ -26,8 +27,9 @@ CUDA = torch.cuda.is_available()
 BATCH = 64 if CUDA else 16  # nanoGPT's for 6 x 384, and what a CPU has done within seconds
 SCRIPTS = 'model.py', 'train.py', 'configurator.py'
 OUR_SCRIPTS = *SCRIPTS, 'data/__init__.py', 'data/common.py', 'data/tokenizer.py'
-CHARACTERS = ('--dataset=characters --log_interval=1 --dropout=0.0 --gradient_accumulation_steps=1 '
-              '--learning_rate=1e-3')
+CHARACTERS = (
+    '--dataset=characters --log_interval=1 --dropout=0.0 --gradient_accumulation_steps=1 --learning_rate=1e-3'
+)
 GPT2 = '--dataset=gpt2 --gradient_accumulation_steps=1 --log_interval=1'
 
 
@@ -39,28 +41,41 @@ def micro_batches(number, size):
 # Rows whose name begins with nanoGPT run nanoGPT's code, the others ours.
 GROUPS = {
     'characters, 4 x 128, 12x64': (
-        200, f'{CHARACTERS} --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12',
-        {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'}),
+        200,
+        f'{CHARACTERS} --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12',
+        {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'},
+    ),
     f'characters, 6 x 384, {BATCH}x256': (
         100 if CUDA else 7,
         f'{CHARACTERS} --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size={BATCH}',
-        {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'}),
+        {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32', 'ours, Muon': '--optimizer=muon'},
+    ),
     'GPT-2 124M, 1x1024': (
-        7, f'{GPT2} --batch_size=1', {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32'}),
+        7,
+        f'{GPT2} --batch_size=1',
+        {'nanoGPT': '', 'ours': '', 'ours, float32': '--dtype=float32'},
+    ),
     'GPT-2 124M, 4x1024': (
-        4, f'{GPT2} --batch_size=4',
-        {'nanoGPT': '', 'ours': '', 'ours, activation checkpointing': '--activation_checkpointing=True'}),
+        4,
+        f'{GPT2} --batch_size=4',
+        {'nanoGPT': '', 'ours': '', 'ours, activation checkpointing': '--activation_checkpointing=True'},
+    ),
 }
 if CUDA:
-    GROUPS['GPT-2 124M, 480x1024'] = (12, GPT2, {
-        'nanoGPT, as shipped, 40 x 12': micro_batches(40, 12),
-        'nanoGPT, 20 x 24': micro_batches(20, 24),
-        'nanoGPT, 10 x 48': micro_batches(10, 48),
-        'nanoGPT, 5 x 96': micro_batches(5, 96),
-        'ours, faithful, 40 x 12': micro_batches(40, 12),
-        'ours, 10 x 48': micro_batches(10, 48),
-        'ours, 8 x 60': micro_batches(8, 60),
-        'ours, fast, 8 x 60': f'{micro_batches(8, 60)} --optimizer=muon'})
+    GROUPS['GPT-2 124M, 480x1024'] = (
+        12,
+        GPT2,
+        {
+            'nanoGPT, as shipped, 40 x 12': micro_batches(40, 12),
+            'nanoGPT, 20 x 24': micro_batches(20, 24),
+            'nanoGPT, 10 x 48': micro_batches(10, 48),
+            'nanoGPT, 5 x 96': micro_batches(5, 96),
+            'ours, faithful, 40 x 12': micro_batches(40, 12),
+            'ours, 10 x 48': micro_batches(10, 48),
+            'ours, 8 x 60': micro_batches(8, 60),
+            'ours, fast, 8 x 60': f'{micro_batches(8, 60)} --optimizer=muon',
+        },
+    )
 LOSS_TITLE = 'the loss alone, 4096 tokens, 768 x 50304'
 # A script that times one way to compute the loss, and prints its times in the format of train.py
 LOSS_SCRIPT = '''
@@ -109,7 +124,7 @@ def run_once(folder, words):
         return None
     times = re.findall(r'^iter \d+: loss [\d.]+, time ([\d.]+)ms', done.stdout, re.M)
     times = [float(ms) / 1000 for ms in times]
-    return statistics.median(times[max(1, len(times) // 4):]), int(done.stdout.split()[-1])
+    return statistics.median(times[max(1, len(times) // 4) :]), int(done.stdout.split()[-1])
 
 
 def tokens_and_flops(words):
@@ -118,8 +133,11 @@ def tokens_and_flops(words):
     keys = {'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'block_size': 1024, **given}
     vocab_size = 65 if 'characters' in words else 50304
     with torch.device('meta'):
-        model = GPT(GPTConfig(keys['block_size'], vocab_size, keys['n_layer'], keys['n_head'], keys['n_embd'],
-                              bias=False))
+        model = GPT(
+            GPTConfig(
+                keys['block_size'], vocab_size, keys['n_layer'], keys['n_head'], keys['n_embd'], bias=False
+            )
+        )
     tokens = keys['batch_size'] * keys['gradient_accumulation_steps'] * keys['block_size']
     return tokens, model.estimate_mfu(1, keys['block_size'], 1)  # one sequence, at one token a second
 
@@ -147,8 +165,11 @@ def compare(title, rounds, rows):
             ratio = f'{statistics.median(ratios):.3f}'
         if flops and peak:
             mfu = f'{tokens / seconds * flops / peak:.1%}'
-        print(f"| {name} | {seconds * 1000:,.1f} | {ratio} | {tokens / seconds:,.0f} | {mfu} "
-              f"| {memory / 1e9:.2f} GB |", flush=True)
+        print(
+            f"| {name} | {seconds * 1000:,.1f} | {ratio} | {tokens / seconds:,.0f} | {mfu} "
+            f"| {memory / 1e9:.2f} GB |",
+            flush=True,
+        )
 
 
 def make_folder(folder, source, scripts):
@@ -157,7 +178,7 @@ def make_folder(folder, source, scripts):
         data = folder / 'data' / dataset
         data.mkdir(parents=True)
         for split in ('train', 'val'):
-            tokens = np.random.default_rng(0).integers(vocab_size, size=2 ** 21, dtype='<u2')
+            tokens = np.random.default_rng(0).integers(vocab_size, size=2**21, dtype='<u2')
             tokens.tofile(data / f'{split}.bin')
     (folder / 'data' / 'characters' / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 65}))
     for name in scripts:
@@ -186,8 +207,11 @@ def main(nanogpt, only='', rounds=3):
             compare(title, rounds, commands)
         if only in LOSS_TITLE:
             (ours / 'loss.py').write_text(LOSS_SCRIPT)
-            compare(LOSS_TITLE, rounds, {name: (ours, ['loss.py', name], 4096, None)
-                                         for name in ('plain', 'ours', 'built-in')})
+            compare(
+                LOSS_TITLE,
+                rounds,
+                {name: (ours, ['loss.py', name], 4096, None) for name in ('plain', 'ours', 'built-in')},
+            )
 
 
 if __name__ == '__main__':

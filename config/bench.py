@@ -11,5 +11,5 @@ out_dir = 'out-bench'  # only --profile writes there
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 40 if torch.cuda.is_available() else 1  # a CPU would take hours
-max_iters = 20         # the first quarter warms up and does not count
+max_iters = 20  # the first quarter warms up and does not count
 warmup_iters = 0

@@ -24,6 +24,6 @@ learning_rate = 1e-3  # a network this small trains well above GPT-2's 6e-4
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99          # an iteration has few tokens: average squared gradients over more iterations
+beta2 = 0.99  # an iteration has few tokens: average squared gradients over more iterations
 
 warmup_iters = 100

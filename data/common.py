@@ -1,4 +1,5 @@
 """What the prepare.py scripts share, and atomic writes for train.py too."""
+
 import hashlib
 import json
 import os
@@ -16,7 +17,9 @@ from data.tokenizer import char_tokenizer, one_line
 
 TINY_SHAKESPEARE = (  # address, SHA-256
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+)
+
 
 def excepthook(kind, error, trace, default=sys.excepthook):
     """For the prepare.py scripts: one line for Ctrl-C and for errors of files and networks."""
@@ -24,10 +27,13 @@ def excepthook(kind, error, trace, default=sys.excepthook):
     if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
         print("interrupted: the data is not complete", file=sys.stderr)
     elif issubclass(kind, OSError):
-        print(f"{error.filename or 'cannot write'}: {error.strerror}" if error.strerror else error,
-              file=sys.stderr)
+        print(
+            f"{error.filename or 'cannot write'}: {error.strerror}" if error.strerror else error,
+            file=sys.stderr,
+        )
     else:
         default(kind, error, trace)
+
 
 @contextmanager
 def atomic_write(path):
@@ -42,6 +48,7 @@ def atomic_write(path):
     finally:
         part.unlink(missing_ok=True)
 
+
 def link(path, name):
     """Gives the file at path a second name. A file system without links renames it."""
     Path(name).unlink(missing_ok=True)
@@ -50,14 +57,19 @@ def link(path, name):
     except OSError:
         os.replace(path, name)
 
+
 def set_aside(paths, replaced):
     """Renames files to NAME.old, or .old1 …, and returns {path: new path}. `replaced` stays until it is."""
     paths = [path for path in paths if os.path.exists(path)]
-    suffix = next(f".old{n or ''}" for n in range(10 ** 6)
-                  if not any(os.path.exists(f"{path}.old{n or ''}") for path in paths))
+    suffix = next(
+        f".old{n or ''}"
+        for n in range(10**6)
+        if not any(os.path.exists(f"{path}.old{n or ''}") for path in paths)
+    )
     for path in paths:
         (link if path == replaced else os.replace)(path, path + suffix)
     return {path: path + suffix for path in paths}
+
 
 def download(url, sha256, path):
     """Returns the bytes of the file at path, fetched from url if it is not there. Checks their SHA-256."""
@@ -66,19 +78,25 @@ def download(url, sha256, path):
         with open(path, 'rb') if is_here else urllib.request.urlopen(url, timeout=60) as source:
             body = source.read()
     except Exception as error:  # of the network, of HTTP …
-        sys.exit(f"cannot download {url} ({getattr(error, 'reason', error)}): "
-                 f"fetch it where there is a network and put it at {path}")
+        sys.exit(
+            f"cannot download {url} ({getattr(error, 'reason', error)}): "
+            f"fetch it where there is a network and put it at {path}"
+        )
     if (found := hashlib.sha256(body).hexdigest()) != sha256:
-        sys.exit(f"{path if is_here else url} is damaged: {len(body)} bytes with SHA-256 {found}, "
-                 f"expected {sha256}")
+        sys.exit(
+            f"{path if is_here else url} is damaged: {len(body)} bytes with SHA-256 {found}, "
+            f"expected {sha256}"
+        )
     if not is_here:
         with atomic_write(path) as f:
             f.write(body)
     return body
 
+
 def check_vocab_size(vocab_size):
     if not 257 <= vocab_size <= 65536:
         sys.exit(f"vocab_size must be from 257 (bytes, <|endoftext|>) to 65536 (uint16), not {vocab_size}")
+
 
 def split_documents(documents, test_size):
     """Splits a datasets.Dataset into train and val as nanoGPT splits OpenWebText."""
@@ -88,24 +106,30 @@ def split_documents(documents, test_size):
     split = documents.train_test_split(test_size=test_size, seed=2357, shuffle=True)
     return split['train'], split['test']
 
+
 def check_texts(source, documents, *fields):
     """Exits unless every row has a text in each of the fields. Raises ValueError if a text is not Unicode."""
     for field in fields:
         kind = getattr(documents.features.get(field), 'dtype', 'missing')
         missing = documents.data[field].null_count if kind in ('string', 'large_string') else len(documents)
         if missing or not len(documents):
-            sys.exit(f"{source}: {len(documents)} documents with the fields {', '.join(documents.features)}, "
-                     f"but each must have a text in the field \"{field}\" ({kind}; {missing} have none)")
+            sys.exit(
+                f"{source}: {len(documents)} documents with the fields {', '.join(documents.features)}, "
+                f"but each must have a text in the field \"{field}\" ({kind}; {missing} have none)"
+            )
         documents.data[field].validate(full=True)
+
 
 def in_batches(documents):
     """Yields the rows of a datasets.Dataset as dicts of lists, about a megabyte at a time."""
     return documents.iter(max(1, min(64, 1_000_000 * len(documents.data) // (documents.data.nbytes + 1))))
 
+
 def unreadable(paths, kind, error):
     """Names the first row without a text in Unicode; the `error` that datasets raised does not name it."""
     import fsspec
     import pyarrow.parquet
+
     for path in paths:
         where = path
         try:
@@ -123,13 +147,16 @@ def unreadable(paths, kind, error):
             return f"{path} is empty"
     return one_line(error.__cause__ or error)
 
+
 def write_bins(folder, tokenizer, train, val):
     """Writes the tokenizer's file, and ids, given as iterables of arrays, as little-endian uint16."""
     if tokenizer.vocab_size > 65536:
         sys.exit(f"{tokenizer.vocab_size} different tokens are more than uint16 can count")
     with ExitStack() as stack:  # renames at its end, train.bin last, so that it never has other data's files
-        files = {name: stack.enter_context(atomic_write(folder / name))
-                 for name in ('train.bin', 'val.bin', *tokenizer.files())}
+        files = {
+            name: stack.enter_context(atomic_write(folder / name))
+            for name in ('train.bin', 'val.bin', *tokenizer.files())
+        }
         for name, content in tokenizer.files().items():
             files[name].write(content)
         for name, pieces in (('val.bin', val), ('train.bin', train)):
@@ -139,6 +166,7 @@ def write_bins(folder, tokenizer, train, val):
         for stale in ('train.bin', 'meta.pkl', 'tokenizer.json'):  # nothing can fail any more
             (folder / stale).unlink(missing_ok=True)
 
+
 def write_characters(folder, train, val):
     """Writes two texts as character ids to train.bin and val.bin, and their alphabet to meta.pkl."""
     alphabet = sorted(set(train) | set(val))
@@ -146,9 +174,11 @@ def write_characters(folder, train, val):
     codes = [np.frombuffer(text.encode('utf-32-le'), '<u4') for text in (''.join(alphabet), train, val)]
     write_bins(folder, char_tokenizer(alphabet), *([np.searchsorted(codes[0], text)] for text in codes[1:]))
 
+
 def write_documents(folder, tokenizer, num_workers, train, val):
     """Writes documents, each ended by eot; train and val are (number of texts, iterable of lists of texts).
     Threads suffice, since tokenizers release the GIL. Few lists are in flight, so memory stays bounded."""
+
     def encode(texts):
         pieces = [ids for text in texts for ids in (tokenizer.encode(text), [tokenizer.eot])]
         return len(texts), sum(map(len, texts)), np.concatenate(pieces, dtype='<u2', casting='unsafe')

@@ -5,6 +5,7 @@ How text becomes token ids and back, in three kinds. A file in the folder of the
     tokenizer.json   a byte-pair encoding (BPE) trained on the text, in the format of the tokenizers library
     neither          GPT-2's BPE, from tiktoken
 """
+
 import io
 import json
 import pickle
@@ -14,15 +15,20 @@ EOT = '<|endoftext|>'
 # GPT-2's pattern, the first four parts in a group that needs no backtracking: tiktoken takes half the time
 WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
+
 class PlainUnpickler(pickle._Unpickler):  # the one in C allocates what 48 bytes of a file tell it to: 5 GB
     """Reads containers, strings and numbers only, so that loading a file cannot call functions."""
+
     dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: None}  # would allocate before it reads
+
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}: plain values only")
+
 
 def one_line(error):
     """The type and the message of an exception, shortened to one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
 
 def attempt(message, call, *arguments):
     """Returns call(*arguments). What it raises, panics of Rust code too, becomes a ValueError of one line."""
@@ -32,10 +38,12 @@ def attempt(message, call, *arguments):
         mistake = ValueError(f"{message} ({one_line(error)})")
         raise (error if isinstance(error, KeyboardInterrupt) else mistake) from None
 
+
 def read_tokenizer_spec(folder):
     """The tokenizer of the data set in `folder` as plain values, for a checkpoint too. Raises ValueError."""
     path = next(filter(Path.is_file, (Path(folder) / name for name in ('meta.pkl', 'tokenizer.json'))), None)
     return attempt(f"cannot read {path}", read_spec, path) if path else {'kind': 'gpt2'}
+
 
 def read_spec(path):
     if path.name == 'meta.pkl':
@@ -50,9 +58,11 @@ def read_spec(path):
         return char_tokenizer(sorted(model['vocab'], key=model['vocab'].get)).spec
     return {'kind': 'bpe', 'json': text}
 
+
 class Tokenizer:
     """encode(text) returns ids below vocab_size, decode(ids) a text. eot ends a document (not of characters),
     bos begins without a text. ordinary=True, as for training data: <|endoftext|> is text of 13 characters."""
+
     def __init__(self, spec, ordinary=False):
         self.spec, self.kind, self.ordinary = spec, spec['kind'], ordinary
         if self.kind == 'char':
@@ -65,6 +75,7 @@ class Tokenizer:
             self.eot, self.bos = None, self.stoi.get('\n', 0)
         elif self.kind == 'bpe':
             import tokenizers
+
             self.bpe = attempt("cannot read tokenizer.json", tokenizers.Tokenizer.from_str, spec['json'])
             self.bpe.encode_special_tokens = ordinary
             self.bpe.no_padding()  # whatever the file asks for
@@ -73,21 +84,30 @@ class Tokenizer:
             self.bos, self.vocab_size = self.eot or 0, 1 + max(self.bpe.get_vocab().values(), default=0)
         else:
             import tiktoken
+
             try:
                 gpt2 = tiktoken.get_encoding('gpt2')
             except OSError as error:
-                raise ConnectionError("cannot download GPT-2's BPE files: elsewhere run python -c \"import "
-                                      "tiktoken; tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR="
-                                      "FOLDER, then bring FOLDER and set it here") from error
-            self.bpe = tiktoken.Encoding('gpt2', pat_str=WORDS, mergeable_ranks=gpt2._mergeable_ranks,
-                                         special_tokens=gpt2._special_tokens)
+                raise ConnectionError(
+                    "cannot download GPT-2's BPE files: elsewhere run python -c \"import "
+                    "tiktoken; tiktoken.get_encoding('gpt2')\" with TIKTOKEN_CACHE_DIR="
+                    "FOLDER, then bring FOLDER and set it here"
+                ) from error
+            self.bpe = tiktoken.Encoding(
+                'gpt2',
+                pat_str=WORDS,
+                mergeable_ranks=gpt2._mergeable_ranks,
+                special_tokens=gpt2._special_tokens,
+            )
             self.vocab_size, self.eot, self.bos = self.bpe.n_vocab, self.bpe.eot_token, self.bpe.eot_token
 
     def encode(self, text):
         if self.kind == 'char':
             if unknown := set(text) - self.stoi.keys():
-                raise ValueError(f"the model does not know the character {min(unknown)!r}: "
-                                 f"its {self.vocab_size} characters are {''.join(self.stoi)[:100]!r}")
+                raise ValueError(
+                    f"the model does not know the character {min(unknown)!r}: "
+                    f"its {self.vocab_size} characters are {''.join(self.stoi)[:100]!r}"
+                )
             return [self.stoi[c] for c in text]
         if self.kind == 'bpe':
             return attempt(f"the tokenizer cannot read {text[:60]!r}", lambda: self.bpe.encode(text).ids)
@@ -113,6 +133,7 @@ class Tokenizer:
     def for_transformers(self):
         """The same as an object of the tokenizers library, with <|endoftext|>, which other tools ask for."""
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
         if self.kind == 'bpe':
             result = Tokenizer.from_str(self.spec['json'])
         elif self.kind == 'char':
@@ -121,20 +142,24 @@ class Tokenizer:
             result.decoder = decoders.Fuse()
         else:
             from transformers.convert_slow_tokenizer import TikTokenConverter
+
             hf = TikTokenConverter(pattern=self.bpe._pat_str, extra_special_tokens=self.bpe._special_tokens)
             hf.load_tiktoken_bpe = lambda path: self.bpe._mergeable_ranks  # in memory already
             result = hf.converted()
         result.add_special_tokens([EOT])  # nothing where it is one already
         return result
 
+
 def char_tokenizer(alphabet):
     """Returns a Tokenizer whose id i is the i-th character of `alphabet`."""
     stoi, itos = {c: i for i, c in enumerate(alphabet)}, dict(enumerate(alphabet))
     return Tokenizer({'kind': 'char', 'vocab_size': len(stoi), 'stoi': stoi, 'itos': itos})
 
+
 def train_bpe(texts, vocab_size):
     """Trains a byte-level BPE like GPT-2's on an iterable of texts or of lists of texts. It is ordinary."""
     from tokenizers import ByteLevelBPETokenizer
+
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size, min_frequency=2, special_tokens=[EOT])
     return Tokenizer({'kind': 'bpe', 'json': bpe.to_str()}, ordinary=True)

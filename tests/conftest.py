@@ -7,6 +7,7 @@ Some need files that a machine without a network gets by hand:
 `pytest -m "not slow"` runs a minute's selection. `pytest --machines tests/test_machines.py` makes two hosts.
 `pytest --device=cuda` runs the scripts on a GPU.
 """
+
 import ast
 import atexit
 import multiprocessing
@@ -32,14 +33,20 @@ os.environ['OMP_NUM_THREADS'] = '1'  # the networks are tiny, and threads of sev
 
 FORKS = multiprocessing.get_context('forkserver' if os.name == 'posix' else 'spawn')
 if os.name == 'posix':
-    FORKS.set_forkserver_preload(['torch', 'numpy', 'pytest', 'wandb', 'datasets',
-                                  'transformers.models.gpt2.modeling_gpt2'])
+    FORKS.set_forkserver_preload(
+        ['torch', 'numpy', 'pytest', 'wandb', 'datasets', 'transformers.models.gpt2.modeling_gpt2']
+    )
 
 # 4,686 characters that are easy to learn
-TEXT = ''.join(f"the {a} {b} over the {c}, and {n} more.\n" for n, (a, b, c) in enumerate(
-    (a, b, c) for a in ('quick', 'lazy', 'small', 'green')
-    for b in ('fox jumps', 'dog walks', 'bird flies', 'cat runs')
-    for c in ('fence', 'river', 'house', 'hill', 'bridge', 'meadow')))
+TEXT = ''.join(
+    f"the {a} {b} over the {c}, and {n} more.\n"
+    for n, (a, b, c) in enumerate(
+        (a, b, c)
+        for a in ('quick', 'lazy', 'small', 'green')
+        for b in ('fox jumps', 'dog walks', 'bird flies', 'cat runs')
+        for c in ('fence', 'river', 'house', 'hill', 'bridge', 'meadow')
+    )
+)
 
 # where scripts run, whatever the machine prefers
 MACHINE = ['--device=cpu', '--dtype=float32']
@@ -54,9 +61,22 @@ def backend(module, inputs):
 torch.compile = lambda method, **how: torch_compile(method, backend=backend, fullgraph=True)"""
 
 # a network that trains in a second, and its run
-SMALL = [*MACHINE, '--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16',
-         '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=2', '--eval_interval=5',
-         '--max_iters=5', '--warmup_iters=0', '--learning_rate=1e-2', '--lr_decay_iters=100']
+SMALL = [
+    *MACHINE,
+    '--dataset=tiny',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=2',
+    '--eval_iters=2',
+    '--eval_interval=5',
+    '--max_iters=5',
+    '--warmup_iters=0',
+    '--learning_rate=1e-2',
+    '--lr_decay_iters=100',
+]
 
 
 def pytest_addoption(parser):
@@ -71,8 +91,11 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_configure(config):
     if (device := config.getoption('--device')) != 'cpu':  # before any test_*.py imports these names
-        globals().update(MACHINE=[f'--device={device}', '--dtype=float32', '--compile=False'],
-                         DEVICE=f'{device}:0', PLACE=f'{device}:0, float32')
+        globals().update(
+            MACHINE=[f'--device={device}', '--dtype=float32', '--compile=False'],
+            DEVICE=f'{device}:0',
+            PLACE=f'{device}:0, float32',
+        )
         globals().update(SMALL=[*MACHINE, *SMALL[2:]])
     config.addinivalue_line('markers', 'slow: left out by -m "not slow"')
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and inherited
@@ -83,6 +106,7 @@ def pytest_configure(config):
 def house(tmp_path_factory):
     """A copy of the project with data sets 'tiny', in characters, and 'bare', in GPT-2's encoding."""
     from data.common import write_characters
+
     if os.name == 'posix':
         forkserver.ensure_running()  # it imports while the first test does something else
     house = tmp_path_factory.mktemp('project') / 'house'
@@ -103,7 +127,7 @@ def house(tmp_path_factory):
 def function(script, name, scope):
     """The function of a script of that name, without its decorators, with `scope` as its globals."""
     tree = ast.parse((ROOT / script).read_text(encoding='utf-8'))
-    found, = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
+    (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
     found.decorator_list.clear()
     exec(compile(ast.Module([found], []), script, 'exec'), scope)
     return scope[name]
@@ -112,12 +136,14 @@ def function(script, name, scope):
 # -----------------------------------------------------------------------------
 # Scripts as processes
 
+
 def command(script, arguments, cwd, env, streams, file_size=None):
     """Runs a script in this process, as `python script arguments…` would."""
     for number, stream in enumerate(streams):
         os.dup2(stream.fileno() if hasattr(stream, 'fileno') else os.open(stream, os.O_RDWR), number)
     if file_size is not None:
         import resource  # not on Windows
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     sys.stdin = open(0, encoding='utf-8', closefd=False)
@@ -140,6 +166,7 @@ def command(script, arguments, cwd, env, streams, file_size=None):
 
 class Forked(FORKS.Process):
     """A process with the methods of subprocess.Popen that the tests use."""
+
     def wait(self, timeout=300):
         self.join(timeout)
         if self.exitcode is None:
@@ -167,15 +194,18 @@ def launch(script, arguments, cwd, env, streams, ranks=0, real=False, file_size=
         python = [sys.executable]
         if ranks:
             python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
-        fds = [os.dup(stream) if isinstance(stream, int) else os.open(stream, os.O_RDWR)
-               for stream in streams]
-        process = subprocess.Popen([*python, script, *arguments], cwd=cwd, env=env,
-                                   stdin=fds[0], stdout=fds[1], stderr=fds[2])
+        fds = [
+            os.dup(stream) if isinstance(stream, int) else os.open(stream, os.O_RDWR) for stream in streams
+        ]
+        process = subprocess.Popen(
+            [*python, script, *arguments], cwd=cwd, env=env, stdin=fds[0], stdout=fds[1], stderr=fds[2]
+        )
         for fd in fds:
             os.close(fd)
     else:  # a Connection is how multiprocessing passes a file descriptor on
-        streams = [connection.Connection(os.dup(stream)) if isinstance(stream, int) else stream
-                   for stream in streams]
+        streams = [
+            connection.Connection(os.dup(stream)) if isinstance(stream, int) else stream for stream in streams
+        ]
         process = Forked(target=command, args=(script, arguments, cwd, env, streams, file_size))
         process.start()
     return process
@@ -201,6 +231,7 @@ def run(house, tmp_path):
     is `status`. With status 1 there must be one line on stderr, beside that of the weights, and no
     traceback; it is returned. For ranks, real and file_size see launch.
     """
+
     def run(script, *arguments, status=0, env={}, stdin='', cwd=tmp_path, timeout=300, **how):  # noqa: B006
         with tempfile.TemporaryDirectory() as folder:
             streams = [Path(folder) / name for name in ('stdin', 'stdout', 'stderr')]
@@ -222,6 +253,7 @@ def run(house, tmp_path):
             lines = [line for line in errors.splitlines() if line and 'examples/s]' not in line]
             assert len(lines) == 1 and 'Traceback' not in errors, errors
         return errors
+
     return run
 
 
@@ -242,6 +274,7 @@ def start(house, tmp_path):
         process.stdout = open(reader, encoding='utf-8')
         started.append(process)
         return process
+
     yield start
     for process in started:
         end(process)
@@ -251,11 +284,13 @@ def start(house, tmp_path):
 @pytest.fixture
 def altered(house):
     """altered(code): the name of a script that executes `code` and then train.py, or another script."""
+
     def altered(code, script='train.py'):
         path = house / f"altered_{len(list(house.glob('altered_*')))}.py"
         script = str(house / script)
         path.write_text(f"import runpy\n{code}\nrunpy.run_path({script!r}, run_name='__main__')\n")
         return path.name
+
     return altered
 
 
@@ -272,13 +307,16 @@ def wait_for(process, beginning):
 # -----------------------------------------------------------------------------
 # Files that tests need
 
+
 @pytest.fixture
 def with_text(house):
     """Tiny Shakespeare where its two prepare.py scripts would download it; the text."""
     path = Path(os.environ.get('TINYSHAKESPEARE', ROOT / 'data' / 'shakespeare_char' / 'input.txt'))
     if not path.is_file():
-        pytest.skip("needs tiny Shakespeare: TINYSHAKESPEARE=…/input.txt, or "
-                    "data/shakespeare_char/prepare.py where there is a network")
+        pytest.skip(
+            "needs tiny Shakespeare: TINYSHAKESPEARE=…/input.txt, or "
+            "data/shakespeare_char/prepare.py where there is a network"
+        )
     for name in ('shakespeare', 'shakespeare_char'):
         shutil.copy(path, house / 'data' / name / 'input.txt')
     return path.read_text(encoding='utf-8')
@@ -288,6 +326,7 @@ def with_text(house):
 def bpe():
     """GPT-2's encoding."""
     import tiktoken
+
     try:
         return tiktoken.get_encoding('gpt2')
     except OSError:

@@ -2,6 +2,7 @@
 A GPT written out a second time, as plain as it gets, on a dict of parameters under nanoGPT's names: what
 model.py computes must agree with this. A writer of nanoGPT's checkpoint format, a reader of wandb's files.
 """
+
 import json
 import math
 
@@ -10,6 +11,7 @@ import torch
 
 def gpt_logits(p, args, idx):
     """Logits (B, T, V) of parameters p under model_args `args`, in the dtype of p."""
+
     def linear(x, name):
         y = x @ p[f'{name}.weight'].T
         return y + p[f'{name}.bias'] if f'{name}.bias' in p else y
@@ -21,7 +23,7 @@ def gpt_logits(p, args, idx):
 
     def gelu(x):
         if args.get('activation') == 'gelu_tanh':
-            return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+            return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
     T, C, heads = idx.size(1), args['n_embd'], args['n_head']
@@ -49,14 +51,17 @@ def random_parameters(args, seed=0):
     """Parameters of every name that model_args `args` calls for, wte only once."""
     g = torch.Generator().manual_seed(seed)
     C, shapes = args['n_embd'], {}
+
     def linear(name, rows, columns):
         shapes[f'{name}.weight'] = (rows, columns)
         if args['bias']:
             shapes[f'{name}.bias'] = (rows,)
+
     def norm(name):
         shapes[f'{name}.weight'] = (C,)
         if args['bias']:
             shapes[f'{name}.bias'] = (C,)
+
     shapes['transformer.wte.weight'] = (args['vocab_size'], C)
     shapes['transformer.wpe.weight'] = (args['block_size'], C)
     for layer in range(args['n_layer']):
@@ -68,15 +73,20 @@ def random_parameters(args, seed=0):
         linear(f'{h}.mlp.c_fc', 4 * C, C)
         linear(f'{h}.mlp.c_proj', C, 4 * C)
     norm('transformer.ln_f')
-    return {name: torch.randn(shape, generator=g) * 0.2 + ('.ln_' in name and name.endswith('weight'))
-            for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=g) * 0.2 + ('.ln_' in name and name.endswith('weight'))
+        for name, shape in shapes.items()
+    }
 
 
 def adamw(p, weight_decay=0.1, lr=1e-3, betas=(0.9, 0.95)):
     """nanoGPT's optimizer: group 0 the matrices with decay, group 1 the vectors without."""
     matrices, vectors = ([q for q in p.values() if (q.dim() >= 2) is wanted] for wanted in (True, False))
-    return torch.optim.AdamW([{'params': matrices, 'weight_decay': weight_decay},
-                              {'params': vectors, 'weight_decay': 0.0}], lr=lr, betas=betas)
+    return torch.optim.AdamW(
+        [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}],
+        lr=lr,
+        betas=betas,
+    )
 
 
 def write_nanogpt_checkpoint(path, p, optimizer, args, iter_num, dataset):
@@ -86,31 +96,45 @@ def write_nanogpt_checkpoint(path, p, optimizer, args, iter_num, dataset):
     state = {f'_orig_mod.{name}': q.detach() for name, q in p.items()}
     state['_orig_mod.lm_head.weight'] = state['_orig_mod.transformer.wte.weight']
     config = {'dataset': dataset, 'device': 'cuda', 'dtype': 'bfloat16'}
-    torch.save({'model': state, 'optimizer': optimizer.state_dict(), 'model_args': args, 'iter_num': iter_num,
-                'best_val_loss': torch.tensor(9.0), 'config': config}, path)
+    torch.save(
+        {
+            'model': state,
+            'optimizer': optimizer.state_dict(),
+            'model_args': args,
+            'iter_num': iter_num,
+            'best_val_loss': torch.tensor(9.0),
+            'config': config,
+        },
+        path,
+    )
 
 
 def read_wandb_runs(folder):
     """[(run id, [history items])] of offline runs, oldest first: protocol buffers in leveldb's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
+
     runs = []
     paths = folder.glob('wandb/offline-run-*/*.wandb')
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         data, at, record, name, history = path.read_bytes(), 7, b'', None, []
         while at + 7 <= len(data):
-            room = 2 ** 15 - at % 2 ** 15
+            room = 2**15 - at % 2**15
             if room < 7:  # a record's header never straddles two blocks
                 at += room
                 continue
-            size, kind = int.from_bytes(data[at + 4:at + 6], 'little'), data[at + 6]
-            record += data[at + 7:at + 7 + size]
+            size, kind = int.from_bytes(data[at + 4 : at + 6], 'little'), data[at + 6]
+            record += data[at + 7 : at + 7 + size]
             at += 7 + size
             if kind in (1, 4):  # whole, or the last piece
                 found, record = Record.FromString(record), b''
                 name = found.run.run_id or name
                 if found.WhichOneof('record_type') == 'history':
-                    history.append({item.key or '.'.join(item.nested_key): json.loads(item.value_json)
-                                    for item in found.history.item})
+                    history.append(
+                        {
+                            item.key or '.'.join(item.nested_key): json.loads(item.value_json)
+                            for item in found.history.item
+                        }
+                    )
         runs.append((name, history))
     return runs
 

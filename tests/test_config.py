@@ -1,4 +1,5 @@
 """Every file of config/ against train.py's real keys; the keys and defaults of the contract with nanoGPT."""
+
 import re
 import sys
 
@@ -7,20 +8,69 @@ from conftest import ROOT
 
 DEFAULTS = {
     'train.py': dict(
-        out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
-        always_save_checkpoint=True, init_from='scratch', wandb_log=False, wandb_project='owt',
-        wandb_run_name='gpt2', dataset='openwebtext', gradient_accumulation_steps=40, batch_size=12,
-        block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4,
-        max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
-        warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend=None, device=None, dtype=None,
-        compile=None, seed=1337, sampler='random', optimizer='adamw', lr_schedule='cosine',
-        activation_checkpointing=False, profile=False),
+        out_dir='out',
+        eval_interval=2000,
+        log_interval=1,
+        eval_iters=200,
+        eval_only=False,
+        always_save_checkpoint=True,
+        init_from='scratch',
+        wandb_log=False,
+        wandb_project='owt',
+        wandb_run_name='gpt2',
+        dataset='openwebtext',
+        gradient_accumulation_steps=40,
+        batch_size=12,
+        block_size=1024,
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        dropout=0.0,
+        bias=False,
+        learning_rate=6e-4,
+        max_iters=600000,
+        weight_decay=1e-1,
+        beta1=0.9,
+        beta2=0.95,
+        grad_clip=1.0,
+        decay_lr=True,
+        warmup_iters=2000,
+        lr_decay_iters=600000,
+        min_lr=6e-5,
+        backend=None,
+        device=None,
+        dtype=None,
+        compile=None,
+        seed=1337,
+        sampler='random',
+        optimizer='adamw',
+        lr_schedule='cosine',
+        activation_checkpointing=False,
+        profile=False,
+    ),
     'sample.py': dict(
-        init_from='resume', out_dir='out', start='\n', num_samples=10, max_new_tokens=500, temperature=0.8,
-        top_k=200, seed=1337, device=None, dtype=None, compile=False, top_p=None, stop=None, stream=False),
+        init_from='resume',
+        out_dir='out',
+        start='\n',
+        num_samples=10,
+        max_new_tokens=500,
+        temperature=0.8,
+        top_k=200,
+        seed=1337,
+        device=None,
+        dtype=None,
+        compile=False,
+        top_p=None,
+        stop=None,
+        stream=False,
+    ),
 }
-CHOICES = {'sampler': ['random', 'epoch'], 'optimizer': ['adamw', 'muon'],
-           'lr_schedule': ['cosine', 'linear', 'wsd'], 'dtype': ['float32', 'bfloat16', 'float16', None]}
+CHOICES = {
+    'sampler': ['random', 'epoch'],
+    'optimizer': ['adamw', 'muon'],
+    'lr_schedule': ['cosine', 'linear', 'wsd'],
+    'dtype': ['float32', 'bfloat16', 'float16', None],
+}
 CONFIG_FILES = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 
 
@@ -31,7 +81,7 @@ def configured(monkeypatch, script, *arguments):
     source = (ROOT / script).read_text(encoding='utf-8')
     start = source.index("configurator.py').read_text(")
     scope = {'__file__': str(ROOT / script), '__name__': '__main__'}
-    exec(compile(source[:source.index('\n', start)], script, 'exec'), scope)
+    exec(compile(source[: source.index('\n', start)], script, 'exec'), scope)
     return scope['config']
 
 
@@ -96,9 +146,18 @@ for name in ('torch', 'numpy', 'tqdm', 'transformers', 'datasets', 'tokenizers',
 """
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'data/custom/prepare.py', *(
-    pytest.param(f'data/{name}/prepare.py', marks=pytest.mark.slow)
-    for name in ('openwebtext', 'wiki_zh', 'wikitext'))])
+@pytest.mark.parametrize(
+    'script',
+    [
+        'train.py',
+        'sample.py',
+        'data/custom/prepare.py',
+        *(
+            pytest.param(f'data/{name}/prepare.py', marks=pytest.mark.slow)
+            for name in ('openwebtext', 'wiki_zh', 'wikitext')
+        ),
+    ],
+)
 def test_answers_without_packages(run, altered, script):
     """--help and a typo are answered at once: the imports, which take seconds, come behind the keys."""
     bare = altered(NO_PACKAGES, script)
@@ -111,6 +170,7 @@ def test_requirements():
     whose name tells what is wrong.
     """
     from packaging.requirements import Requirement
+
     lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
     first, *others = [Requirement(line) for line in lines if line.strip() and line[0] != '#']
     assert first.name == 'Python-3.11-or-later-is-needed' and first.url == f'file:///{first.name}'

@@ -1,4 +1,5 @@
 """The prepare.py scripts and the tokenizers: their figures, and what they leave behind if something fails."""
+
 import gzip
 import json
 import os
@@ -63,6 +64,7 @@ def test_python_char(run, house):
     import argparse
     import ensurepip
     import weakref
+
     for module, text in ((argparse, train), (weakref, val)):
         assert open(module.__file__).read() in text
     assert open(ensurepip.__file__).read() not in train + val
@@ -72,11 +74,13 @@ def test_python_char(run, house):
 def cut_off_server():
     """The address of a server that promises 1000 bytes and hangs up after 4."""
     with socket.create_server(('127.0.0.1', 0)) as server:
+
         def serve():
             peer, _ = server.accept()
             with peer:
                 peer.recv(4096)
                 peer.sendall(b'HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf')
+
         thread = threading.Thread(target=serve)
         thread.start()
         yield f'http://127.0.0.1:{server.getsockname()[1]}/input.txt'
@@ -88,6 +92,7 @@ def test_download(run, house, tmp_path):
     there or has been fetched. Neither leaves anything behind.
     """
     from data.common import download
+
     folder = house / 'data' / 'shakespeare_char'
     for path in folder.glob('*.*'):
         if path.suffix in ('.txt', '.bin', '.pkl'):
@@ -117,6 +122,7 @@ def test_tokenizers(tmp_path, bpe):
     where the text is not ordinary. Files and texts that a tokenizer cannot read are ValueErrors.
     """
     from data.tokenizer import Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
+
     text = 'abc 数学 🦊<|endoftext|>'
     gpt2 = Tokenizer({'kind': 'gpt2'})
     tokenizers = char_tokenizer(sorted(set(text))), train_bpe([[text], [text]], 300), gpt2
@@ -156,11 +162,16 @@ def test_gpt2_pattern(bpe):
     runs of spaces, contractions, marks and digits of other scripts, for training data and prompts alike.
     """
     from data.tokenizer import EOT, Tokenizer
+
     chance = random.Random(0)
     ordinary, special = Tokenizer({'kind': 'gpt2'}, ordinary=True), Tokenizer({'kind': 'gpt2'})
     spaces = [c for c in map(chr, range(0x110000)) if c.isspace()]
-    parts = [*"'s 't 've 'll 're 'd 'm 'S ' a word 7 \u0663 ½ Ⅷ . !? _ 数 e\u0301 🦊 \u200d \x00".split(' '),
-             *spaces, *' \n' * 9, EOT]
+    parts = [
+        *"'s 't 've 'll 're 'd 'm 'S ' a word 7 \u0663 ½ Ⅷ . !? _ 数 e\u0301 🦊 \u200d \x00".split(' '),
+        *spaces,
+        *' \n' * 9,
+        EOT,
+    ]
     texts = [''.join(chance.choices(parts, k=chance.randrange(12))) for _ in range(20_000)]
     texts += [f"a {c}{c}'s  {c}\n\n{c} " for c in map(chr, range(0x3000))]
     texts += [text * 100_000 for text in (' ', 'x', '7', '! ', '\n x')]
@@ -172,19 +183,29 @@ def test_gpt2_pattern(bpe):
 STOI, ITOS = {'a': 0, 'b': 1, 'c': 2}, {0: 'a', 1: 'b', 2: 'c'}
 
 
-@pytest.mark.parametrize('meta, words', [
-    ([1, 2], "no attribute 'get'"), ({'vocab_size': '3'}, "vocab_size is '3'"),
-    ({'vocab_size': -5}, 'vocab_size is -5'), ({'vocab_size': 10 ** 12}, 'vocab_size is 1000000000000'),
-    ({'vocab_size': 3.0}, 'vocab_size is 3.0'), ({'vocab_size': True}, 'vocab_size is True'),
-    ({'stoi': STOI, 'itos': {0: 'a', 2: 'c'}}, 'KeyError: 1'), ({'stoi': STOI, 'itos': None}, 'NoneType'),
-    ({'stoi': STOI, 'itos': {0: 'b', 1: 'a', 2: 'c'}}, 'disagree'),
-    ({'stoi': [], 'itos': ITOS}, 'not a mapping'), ({'stoi': {}, 'itos': {}}, 'disagree'),
-    ({'stoi': {0: 0}, 'itos': {0: 0}}, 'expected str'),
-    ({'stoi': {b'a': 0}, 'itos': {0: b'a'}}, 'expected str'),
-    ({'stoi': {'a': 'x'}, 'itos': {'x': 'a'}}, 'KeyError: 0')])
+@pytest.mark.parametrize(
+    'meta, words',
+    [
+        ([1, 2], "no attribute 'get'"),
+        ({'vocab_size': '3'}, "vocab_size is '3'"),
+        ({'vocab_size': -5}, 'vocab_size is -5'),
+        ({'vocab_size': 10**12}, 'vocab_size is 1000000000000'),
+        ({'vocab_size': 3.0}, 'vocab_size is 3.0'),
+        ({'vocab_size': True}, 'vocab_size is True'),
+        ({'stoi': STOI, 'itos': {0: 'a', 2: 'c'}}, 'KeyError: 1'),
+        ({'stoi': STOI, 'itos': None}, 'NoneType'),
+        ({'stoi': STOI, 'itos': {0: 'b', 1: 'a', 2: 'c'}}, 'disagree'),
+        ({'stoi': [], 'itos': ITOS}, 'not a mapping'),
+        ({'stoi': {}, 'itos': {}}, 'disagree'),
+        ({'stoi': {0: 0}, 'itos': {0: 0}}, 'expected str'),
+        ({'stoi': {b'a': 0}, 'itos': {0: b'a'}}, 'expected str'),
+        ({'stoi': {'a': 'x'}, 'itos': {'x': 'a'}}, 'KeyError: 0'),
+    ],
+)
 def test_damaged_meta(tmp_path, meta, words):
     """A meta.pkl that is no alphabet is noticed before the training; a model of it could not be sampled."""
     from data.tokenizer import read_tokenizer_spec
+
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
     with pytest.raises(ValueError, match='cannot read .*meta.pkl .*' + re.escape(words)):
         read_tokenizer_spec(tmp_path)
@@ -193,8 +214,12 @@ def test_damaged_meta(tmp_path, meta, words):
 def test_other_meta(tmp_path):
     """itos as a list, further characters in stoi that mean the same, floats: as in nanoGPT they work."""
     from data.tokenizer import Tokenizer, read_tokenizer_spec
-    for stoi, itos in ((STOI, list('abc')), ({**STOI, 'A': 0}, ITOS),
-                       ({c: float(i) for c, i in STOI.items()}, ITOS)):
+
+    for stoi, itos in (
+        (STOI, list('abc')),
+        ({**STOI, 'A': 0}, ITOS),
+        ({c: float(i) for c, i in STOI.items()}, ITOS),
+    ):
         (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'stoi': stoi, 'itos': itos}))
         tokenizer = Tokenizer(read_tokenizer_spec(tmp_path))
         assert str(tokenizer.encode('cab')) == '[2, 0, 1]' and tokenizer.decode([2, 0, 1]) == 'cab'
@@ -203,9 +228,15 @@ def test_other_meta(tmp_path):
 def test_pickles_cannot_call(tmp_path):
     """Not by any opcode of the protocols 0 to 5."""
     from data.tokenizer import read_tokenizer_spec
+
     touch = f'touch {tmp_path}/called'.encode()
-    for program in (b'cos\nsystem\n(S"%b"\ntR.', b'(S"%b"\nios\nsystem\n.', b'(cos\nsystem\nS"%b"\no.',
-                    b'\x80\x02cos\nsystem\n(S"%b"\nt\x81.', b'\x80\x04S"os"\nS"system"\n\x93(S"%b"\ntR.'):
+    for program in (
+        b'cos\nsystem\n(S"%b"\ntR.',
+        b'(S"%b"\nios\nsystem\n.',
+        b'(cos\nsystem\nS"%b"\no.',
+        b'\x80\x02cos\nsystem\n(S"%b"\nt\x81.',
+        b'\x80\x04S"os"\nS"system"\n\x93(S"%b"\ntR.',
+    ):
         (tmp_path / 'meta.pkl').write_bytes(program % touch)
         with pytest.raises(ValueError, match='it asks for .*system: plain values only'):
             read_tokenizer_spec(tmp_path)
@@ -215,6 +246,7 @@ def test_pickles_cannot_call(tmp_path):
 def bpe_file(model={}, **parts):  # noqa: B006
     """A tokenizer.json with other parts."""
     from data.tokenizer import train_bpe
+
     spec = json.loads(train_bpe(['the quick brown fox'] * 2, 300).spec['json'])
     return {**spec, 'model': {**spec['model'], **model}, **parts}
 
@@ -222,6 +254,7 @@ def bpe_file(model={}, **parts):  # noqa: B006
 def test_panics(capfd):
     """Of the Rust code in tokenizers, which are no Exceptions: they become errors like any other."""
     from data.tokenizer import Tokenizer
+
     with pytest.raises(ValueError, match='cannot read tokenizer.json .PanicException: '):
         Tokenizer({'kind': 'bpe', 'json': json.dumps(bpe_file({'continuing_subword_prefix': '#' * 9}))})
     replace = {'type': 'Replace', 'pattern': {'String': ''}, 'content': 'x'}
@@ -234,6 +267,7 @@ def test_panics(capfd):
 def test_vocabulary_with_holes():
     """vocab_size is above the largest id, not the number of the ids: else a model would be too small."""
     from data.tokenizer import Tokenizer
+
     vocab = {token: i + 1000 * (i > 270) for token, i in bpe_file()['model']['vocab'].items()}
     tokenizer = Tokenizer({'kind': 'bpe', 'json': json.dumps(bpe_file({'vocab': vocab}))})
     ids = tokenizer.encode('the quick')
@@ -244,23 +278,38 @@ def test_vocabulary_with_holes():
 def reference(bpe, texts, test_size=0.0005):
     """train and val as nanoGPT's pipeline makes them: load, split, encode each, concatenate."""
     from datasets import Dataset
+
     if len(texts) == 1:
         splits = {'train': texts, 'val': []}
     else:
         documents = Dataset.from_dict({'text': texts})
         split = documents.train_test_split(test_size=test_size, seed=2357, shuffle=True)
         splits = {'train': split['train']['text'], 'val': split['test']['text']}
-    return {name: [i for text in part for i in bpe.encode_ordinary(text) + [50256]]
-            for name, part in splits.items()}
+    return {
+        name: [i for text in part for i in bpe.encode_ordinary(text) + [50256]]
+        for name, part in splits.items()
+    }
 
 
-ODD = ['', 'a', '<|endoftext|> inside <|endoftext|>', '\x00\x01 control \x7f\u0085', '  \n\n\t ',
-       '👨‍👩‍👧 𠀀 é\u0301 日本', 'x' * 5000, '\ufffd']
+ODD = [
+    '',
+    'a',
+    '<|endoftext|> inside <|endoftext|>',
+    '\x00\x01 control \x7f\u0085',
+    '  \n\n\t ',
+    '👨‍👩‍👧 𠀀 é\u0301 日本',
+    'x' * 5000,
+    '\ufffd',
+]
 
 
-@pytest.mark.parametrize('count, workers', [
-    (7, 2),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (2, 3), (1000, 1), (1000, 3)))])
+@pytest.mark.parametrize(
+    'count, workers',
+    [
+        (7, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (2, 3), (1000, 1), (1000, 3))),
+    ],
+)
 def test_openwebtext(run, house, tmp_path, bpe, count, workers):
     """Byte for byte nanoGPT's bins for any number of documents and workers, odd and empty texts included."""
     texts = [ODD[i % len(ODD)] + f' document {i}' * (i % 5) for i in range(count)]
@@ -279,6 +328,7 @@ def test_large_documents_and_formats(run, house, tmp_path, bpe):
     """Documents larger than a batch; parquet, compressed JSON lines and text files all give the same bins."""
     import pyarrow
     import pyarrow.parquet
+
     texts = [' '.join(f'{i * n}' for n in range(300_000)) if i < 2 else f'small one {i}' for i in range(5)]
     assert len(texts[1]) > 1_900_000
     want = reference(bpe, texts)
@@ -299,27 +349,32 @@ def test_bad_documents(run, house, tmp_path, bpe):
     """One line says what is wrong, with file and row where a text is not Unicode; mistakes harm no data."""
     import pyarrow
     import pyarrow.parquet
+
     write_json_lines(tmp_path / 'good.jsonl', 'abc')
     run('data/openwebtext/prepare.py', '--files=good.jsonl')
     before = [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
     for name, text, words in (
-            ('two.jsonl', b'{"a": 1}\n{"a": 2}', 'with the fields a'),
-            ('null.jsonl', b'{"text": "a"}\n{"text": null}', 'each must have a text'),
-            ('bad.jsonl', b'{"text": "a"}\n{"text', 'bad.jsonl, row 2'),
-            ('x.csv', b'text', 'must all be .parquet'),
-            ('numbers.jsonl', b'{"text": 1}\n{"text": 2}', 'each must have a text'),
-            ('none.jsonl', b'', 'none.jsonl is empty'),
-            ('a.txt.jsonl', b'{"a": 1}', 'with the fields a'),
-            ('cut.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 99)[:-9], 'cut.jsonl.gz, row'),
-            ('lone.jsonl', b'{"text": "a"}\n{"text": "\\ud800"}', 'lone.jsonl, row 2'),
-            ('latin.jsonl', b'{"text": "a"}\n\n{"text": "caf\xe9"}', 'latin.jsonl, row 3'),
-            ('latin [1].txt', b'a\nb\ncaf\xe9', 'latin [1].txt, row 3')):
+        ('two.jsonl', b'{"a": 1}\n{"a": 2}', 'with the fields a'),
+        ('null.jsonl', b'{"text": "a"}\n{"text": null}', 'each must have a text'),
+        ('bad.jsonl', b'{"text": "a"}\n{"text', 'bad.jsonl, row 2'),
+        ('x.csv', b'text', 'must all be .parquet'),
+        ('numbers.jsonl', b'{"text": 1}\n{"text": 2}', 'each must have a text'),
+        ('none.jsonl', b'', 'none.jsonl is empty'),
+        ('a.txt.jsonl', b'{"a": 1}', 'with the fields a'),
+        ('cut.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 99)[:-9], 'cut.jsonl.gz, row'),
+        ('lone.jsonl', b'{"text": "a"}\n{"text": "\\ud800"}', 'lone.jsonl, row 2'),
+        ('latin.jsonl', b'{"text": "a"}\n\n{"text": "caf\xe9"}', 'latin.jsonl, row 3'),
+        ('latin [1].txt', b'a\nb\ncaf\xe9', 'latin [1].txt, row 3'),
+    ):
         (tmp_path / name).write_bytes(text)
         assert words in run('data/openwebtext/prepare.py', f'--files={name}', status=1)
-    for wrong, words in (('--files=*.tsv', 'no such files'), ('--files=*.jsonl*', 'cannot be read as json'),
-                         ('--files=*.[jt][sx]*', 'must all be .parquet'),
-                         ('--corpus=half', 'neither 10k nor full'),
-                         ('--num_workers=0', 'num_workers must be')):
+    for wrong, words in (
+        ('--files=*.tsv', 'no such files'),
+        ('--files=*.jsonl*', 'cannot be read as json'),
+        ('--files=*.[jt][sx]*', 'must all be .parquet'),
+        ('--corpus=half', 'neither 10k nor full'),
+        ('--num_workers=0', 'num_workers must be'),
+    ):
         assert words in run('data/openwebtext/prepare.py', wrong, status=1)
     broken = pyarrow.array([b'fine', b'caf\xe9', b'fine'] * 20, pyarrow.binary())
     broken = pyarrow.StringArray.from_buffers(len(broken), broken.buffers()[1], broken.buffers()[2])
@@ -329,10 +384,14 @@ def test_bad_documents(run, house, tmp_path, bpe):
     assert before == [read(house, 'openwebtext', name).tolist() for name in ('train', 'val')]
 
 
-@pytest.mark.parametrize('arguments, source', [
-    pytest.param(['openwebtext', '--corpus=10k'], 'stas/openwebtext-10k', marks=pytest.mark.slow),
-    pytest.param(['openwebtext', '--corpus=full'], 'Skylion007/openwebtext', marks=pytest.mark.slow),
-    (['wikitext'], 'Salesforce/wikitext')])
+@pytest.mark.parametrize(
+    'arguments, source',
+    [
+        pytest.param(['openwebtext', '--corpus=10k'], 'stas/openwebtext-10k', marks=pytest.mark.slow),
+        pytest.param(['openwebtext', '--corpus=full'], 'Skylion007/openwebtext', marks=pytest.mark.slow),
+        (['wikitext'], 'Salesforce/wikitext'),
+    ],
+)
 def test_hub_out_of_reach(run, bpe, arguments, source):
     name, *arguments = arguments
     words = run(f'data/{name}/prepare.py', *arguments, status=1, env={'HF_HUB_OFFLINE': '1'})
@@ -343,6 +402,7 @@ def test_hub_out_of_reach(run, bpe, arguments, source):
 def test_documents_in_flight(tmp_path):
     """Whatever the corpus, no more lists of texts are held than keep the threads busy."""
     from data.common import write_documents
+
     pulled, encoded, ahead, lock = 0, 0, [], threading.Lock()
 
     def lists():
@@ -357,6 +417,7 @@ def test_documents_in_flight(tmp_path):
         with lock:
             encoded += 1
         return [int(text)]
+
     tokenizer = SimpleNamespace(encode=encode, eot=999, vocab_size=1000, files=dict)
     write_documents(tmp_path, tokenizer, 2, train=(300, lists()), val=(0, []))
     assert max(ahead) <= 5
@@ -391,8 +452,11 @@ def test_killed_prepare(house, tmp_path, bpe, request):
         time.sleep(chance.choice([0, 0.01, 0.1]))
         process.kill()
         process.wait()
-        found = {name: (folder / f'{name}.bin').read_bytes()
-                 for name in ('train', 'val') if (folder / f'{name}.bin').is_file()}
+        found = {
+            name: (folder / f'{name}.bin').read_bytes()
+            for name in ('train', 'val')
+            if (folder / f'{name}.bin').is_file()
+        }
         caught += part.is_file() and found in corpora
         assert all(body in [corpus[name] for corpus in corpora] for name, body in found.items())
         assert 'train' not in found or found in corpora
@@ -405,13 +469,19 @@ POEM = '《静夜思》\r\n床前明月光，疑是地上霜。\r\n举头望明�
 def test_custom(run, house, tmp_path, bpe):
     """Characters, GPT-2's encoding and a trained one: nine tenths and one, and the whole text comes back."""
     import tokenizers
+
     (tmp_path / 'book.txt').write_bytes((POEM * 40).encode())
     text = POEM.replace('\r\n', '\n') * 40
-    parts = [text[:int(0.9 * len(text))], text[int(0.9 * len(text)):]]
+    parts = [text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]]
 
     def prepare(kind):
-        out = run('data/custom/prepare.py', '--input=book.txt', f'--tokenizer={kind}', '--vocab_size=300',
-                  '--name=mytext').stdout
+        out = run(
+            'data/custom/prepare.py',
+            '--input=book.txt',
+            f'--tokenizer={kind}',
+            '--vocab_size=300',
+            '--name=mytext',
+        ).stdout
         assert 'train on it with --dataset=mytext' in out
         return [read(house, 'mytext', split).tolist() for split in ('train', 'val')]
 
@@ -445,17 +515,29 @@ def test_custom_folder_and_mistakes(run, house, tmp_path, bpe):
     assert decoded(bpe, house, 'folder') == want
     (tmp_path / 'gbk.txt').write_bytes('明月\n故乡'.encode('gb18030'))
     for arguments, words in (
-            (['--input=gbk.txt'], 'gbk.txt, row 1: not UTF-8'), ([], 'which text?'),
-            (['--input=none.txt'], 'no such text'), (['--input=more/3.txt'], 'empty'),
-            (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'),
-            (['--input=book.txt', '--name=../x'], 'without a path'),
-            (['--input=book.txt', '--name=..'], 'without a path'),
-            (['--input=book.txt', '--num_workers=0'], 'num_workers must be at least 1'),
-            (['--input=book.txt', '--tokenizer=word'], 'none of char, gpt2, bpe'),
-            (['--input=book.txt', '--tokenizer=bpe', '--vocab_size=70000'], 'vocab_size must be')):
+        (['--input=gbk.txt'], 'gbk.txt, row 1: not UTF-8'),
+        ([], 'which text?'),
+        (['--input=none.txt'], 'no such text'),
+        (['--input=more/3.txt'], 'empty'),
+        (['--input=book.txt', '--name=shakespeare'], 'a data set of its own'),
+        (['--input=book.txt', '--name=../x'], 'without a path'),
+        (['--input=book.txt', '--name=..'], 'without a path'),
+        (['--input=book.txt', '--num_workers=0'], 'num_workers must be at least 1'),
+        (['--input=book.txt', '--tokenizer=word'], 'none of char, gpt2, bpe'),
+        (['--input=book.txt', '--tokenizer=bpe', '--vocab_size=70000'], 'vocab_size must be'),
+    ):
         assert words in run('data/custom/prepare.py', '--name=folder', *arguments, status=1)
-    taken = subprocess.run([sys.executable, str(house / 'data' / 'custom' / 'prepare.py'), '--input=book.txt',
-                            '--name=common.py'], cwd=tmp_path, capture_output=True, text=True)
+    taken = subprocess.run(
+        [
+            sys.executable,
+            str(house / 'data' / 'custom' / 'prepare.py'),
+            '--input=book.txt',
+            '--name=common.py',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert taken.returncode == 1  # what the file system says is one line
     assert taken.stderr == f"{house / 'data' / 'common.py'}: File exists\n"
     assert before == [read(house, 'folder', split).tolist() for split in ('train', 'val')]
@@ -465,6 +547,7 @@ def test_custom_folder_and_mistakes(run, house, tmp_path, bpe):
 def test_failed_training_harms_no_data(run, house, tmp_path, bpe, monkeypatch):
     """Until a new tokenizer is trained, nothing of an older data set is deleted."""
     import data.tokenizer
+
     (tmp_path / 'book.txt').write_text(POEM)
     wiki = tmp_path / 'wiki' / 'AA'
     wiki.mkdir(parents=True)
@@ -473,8 +556,10 @@ def test_failed_training_harms_no_data(run, house, tmp_path, bpe, monkeypatch):
     def fail(texts, vocab_size):
         raise RuntimeError("no memory")
 
-    for name, arguments in (('custom', ['--input=book.txt', '--tokenizer=bpe']),
-                            ('wiki_zh', ['--input=wiki'])):
+    for name, arguments in (
+        ('custom', ['--input=book.txt', '--tokenizer=bpe']),
+        ('wiki_zh', ['--input=wiki']),
+    ):
         folder = house / 'data' / name
         run(f'data/{name}/prepare.py', *arguments, '--vocab_size=300')
         before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -488,8 +573,11 @@ def test_failed_training_harms_no_data(run, house, tmp_path, bpe, monkeypatch):
         assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-ARTICLES = [('数学', '数学\n\n数学是研究数量、结构以及空间等概念的学科。'),
-            ('狐狸', '🦊是一种动物。𠀀𪚥<|endoftext|>'), ('空', '')] * 70
+ARTICLES = [
+    ('数学', '数学\n\n数学是研究数量、结构以及空间等概念的学科。'),
+    ('狐狸', '🦊是一种动物。𠀀𪚥<|endoftext|>'),
+    ('空', ''),
+] * 70
 
 
 @pytest.fixture
@@ -506,6 +594,7 @@ def wiki(tmp_path):
 def test_wiki_zh(run, house, tmp_path, wiki):
     """Every article comes back whole, title on top, emoji and rare ideographs included."""
     import tokenizers
+
     run('data/wiki_zh/prepare.py', '--input=wiki', '--vocab_size=400')
     tokenizer = tokenizers.Tokenizer.from_file(str(house / 'data' / 'wiki_zh' / 'tokenizer.json'))
     end = tokenizer.token_to_id('<|endoftext|>')
@@ -525,8 +614,17 @@ def test_wiki_zh(run, house, tmp_path, wiki):
 @pytest.mark.slow
 def test_trained_tokenizers_in_training(run, tmp_path, wiki):
     """train.py takes the vocabulary of a trained tokenizer, and sample.py reads and writes with it."""
-    small = [*MACHINE, '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=2',
-             '--gradient_accumulation_steps=1', '--max_iters=1', '--eval_iters=1']
+    small = [
+        *MACHINE,
+        '--n_layer=1',
+        '--n_head=1',
+        '--n_embd=8',
+        '--block_size=8',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=1',
+        '--max_iters=1',
+        '--eval_iters=1',
+    ]
     sample = ['--num_samples=2', '--max_new_tokens=5', *MACHINE]
     (tmp_path / 'book.txt').write_bytes((POEM * 40).encode())
     run('data/custom/prepare.py', '--input=book.txt', '--tokenizer=bpe', '--vocab_size=300', '--name=mytext')
@@ -542,6 +640,7 @@ def test_bins_appear_whole(tmp_path, monkeypatch):
     """A writer that fails leaves no new file, and an older data set as it was."""
     from data.common import atomic_write, write_bins, write_characters, write_documents
     from data.tokenizer import char_tokenizer
+
     with pytest.raises(RuntimeError):
         with atomic_write(tmp_path / 'x.bin') as f:
             f.write(b'half')
@@ -563,6 +662,7 @@ def test_bins_appear_whole(tmp_path, monkeypatch):
     def full_disk(path):
         def write(content):
             raise OSError(28, 'No space left on device')
+
         yield SimpleNamespace(write=write)
 
     threads = threading.active_count()
@@ -573,11 +673,21 @@ def test_bins_appear_whole(tmp_path, monkeypatch):
     assert threading.active_count() == threads, failure
 
 
-ARTICLE = ''.join(f' {line} \n' if line else ' \n' for line in (
-    '', '= Valkyria <unk> III =', '',
-    'Senjō no <unk> 3 : <unk> , " commonly referred " to as Teddy \'s game , is a role @-@ playing game of '
-    '1 @,@ 000 @.@ 5 points ( 32 ha ) ; was it ?',
-    "The actors ' play , 1987 – 90 , cost $ 5 ! ( see [ 1 ] )", '', '= = Game <unk> = =', '', 'A – B .'))
+ARTICLE = ''.join(
+    f' {line} \n' if line else ' \n'
+    for line in (
+        '',
+        '= Valkyria <unk> III =',
+        '',
+        'Senjō no <unk> 3 : <unk> , " commonly referred " to as Teddy \'s game , is a role @-@ playing game '
+        'of 1 @,@ 000 @.@ 5 points ( 32 ha ) ; was it ?',
+        "The actors ' play , 1987 – 90 , cost $ 5 ! ( see [ 1 ] )",
+        '',
+        '= = Game <unk> = =',
+        '',
+        'A – B .',
+    )
+)
 PROSE = '''
 = Valkyria <unk> III =
 
@@ -621,10 +731,12 @@ def test_wikitext(run, house, tmp_path, bpe, wikitext):
 @pytest.mark.slow
 def test_wikitext_mistakes(run, house, tmp_path, bpe, wikitext):
     """A mistake is one line, and the bins before it stay whole. Line ends of Windows are fine."""
-    for arguments, says in ((['--split=dev'], "split 'dev' is neither test nor valid"),
-                            (['--corpus=3'], "corpus '3' is none of wikitext-2-raw-v1, wikitext-2-v1"),
-                            ([f'--input={tmp_path}'], 'no train.txt or valid.txt in there, nor wiki.tr'),
-                            (['--num_workers=0'], 'num_workers must be at least 1')):
+    for arguments, says in (
+        (['--split=dev'], "split 'dev' is neither test nor valid"),
+        (['--corpus=3'], "corpus '3' is none of wikitext-2-raw-v1, wikitext-2-v1"),
+        ([f'--input={tmp_path}'], 'no train.txt or valid.txt in there, nor wiki.tr'),
+        (['--num_workers=0'], 'num_workers must be at least 1'),
+    ):
         assert says in run('data/wikitext/prepare.py', *arguments, status=1)
     test, folder = tmp_path / 'wiki' / 'wiki.test.raw', f"--input={tmp_path / 'wiki'}"
     (tmp_path / 'wiki' / 'wiki.train.raw').unlink()
@@ -663,6 +775,7 @@ def test_small_files_that_ask_for_memory(tmp_path):
     import resource
 
     from data.tokenizer import Tokenizer, read_tokenizer_spec
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (tmp_path / 'meta.pkl').write_bytes(b'\x80\x02}r' + (300_000_000).to_bytes(4, 'little') + b'.')
     assert read_tokenizer_spec(tmp_path) == {'kind': 'char'}
@@ -671,8 +784,14 @@ def test_small_files_that_ask_for_memory(tmp_path):
         read_tokenizer_spec(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
     spec = bpe_file()
-    spec['padding'] = {'strategy': {'Fixed': 1000}, 'direction': 'Right', 'pad_to_multiple_of': None,
-                       'pad_id': 0, 'pad_type_id': 0, 'pad_token': '<|endoftext|>'}
+    spec['padding'] = {
+        'strategy': {'Fixed': 1000},
+        'direction': 'Right',
+        'pad_to_multiple_of': None,
+        'pad_id': 0,
+        'pad_type_id': 0,
+        'pad_token': '<|endoftext|>',
+    }
     spec['truncation'] = {'direction': 'Right', 'max_length': 2, 'strategy': 'LongestFirst', 'stride': 0}
     tokenizer = Tokenizer({'kind': 'bpe', 'json': json.dumps(spec)})
     assert tokenizer.decode(tokenizer.encode('the quick')) == 'the quick'
@@ -706,17 +825,24 @@ def test_output_that_fails(run, start, house, tmp_path, how):
         errors = tmp_path / 'errors'
         errors.write_text('')
         stdout = '/dev/full' if how == 'full' else None
-        process = start(*arguments, script='data/custom/prepare.py', stdout=stdout, stderr=errors, real=True,
-                        env={'PYTHONUNBUFFERED': ''})
+        process = start(
+            *arguments,
+            script='data/custom/prepare.py',
+            stdout=stdout,
+            stderr=errors,
+            real=True,
+            env={'PYTHONUNBUFFERED': ''},
+        )
         process.stdout.close()
         assert process.wait() == 1
         assert errors.read_text() == {'full': 'cannot write: No space left on device\n'}.get(
-            how, 'interrupted: the data is not complete\n')
+            how, 'interrupted: the data is not complete\n'
+        )
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_many_workers(run, house, tmp_path, bpe):
     """No more lists of texts are in flight than 256 threads need."""
     write_json_lines(tmp_path / 'mine.jsonl', ['a', 'b', 'c'])
-    run('data/openwebtext/prepare.py', '--files=mine.jsonl', f'--num_workers={2 ** 63 - 1}')
+    run('data/openwebtext/prepare.py', '--files=mine.jsonl', f'--num_workers={2**63 - 1}')
     assert len(read(house, 'openwebtext', 'train')) > 2

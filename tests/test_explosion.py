@@ -1,4 +1,5 @@
 """A loss that explodes, the way back to the last good checkpoint, and the checkpoints that are kept."""
+
 import json
 import re
 import shutil
@@ -36,14 +37,16 @@ def ruin(run, altered):
         batches = re.findall('^batch (.*)$', out, re.M)
         assert len(set(batches)) == len(batches) == 36
         return altered(RUIN.format(bad=[json.loads(batch) for batch in batches[24:]]))
+
     return ruin
 
 
 def test_explosion(run, ruin, tmp_path):
     """The exploded model is said, and goes to last.pt; ckpt.pt stays. Resuming starts from the good one."""
     out = run(ruin(), *RUN, '--max_iters=20').stdout
-    assert re.search(r'^step 20: train loss [\d.]+, val loss [\d.]+; exploded, no new out/ckpt.pt$',
-                     out, re.M)
+    assert re.search(
+        r'^step 20: train loss [\d.]+, val loss [\d.]+; exploded, no new out/ckpt.pt$', out, re.M
+    )
     good, bad = load(tmp_path / 'out'), load(tmp_path / 'out', 'last.pt')
     assert (good['iter_num'], bad['iter_num']) == (10, 20) and bad['exploded'] and not good['exploded']
     assert bad['best_val_loss'] == good['best_val_loss']
@@ -128,7 +131,7 @@ def test_another_yardstick(run, house, tmp_path):
     for name in ('train.bin', 'val.bin', 'meta.pkl'):
         content = (house / 'data' / 'tiny' / name).read_bytes()
         if name != 'meta.pkl':  # the same ids in another order
-            content = b''.join(sorted(content[i:i + 2] for i in range(0, len(content), 2)))
+            content = b''.join(sorted(content[i : i + 2] for i in range(0, len(content), 2)))
         (house / 'data' / 'noise' / name).write_bytes(content)
     out = run('train.py', '--init_from=resume', *MACHINE, '--dataset=noise', '--max_iters=21').stdout
     best = re.search(r'^best val loss ([\d.]+)', out, re.M)[1]
@@ -142,7 +145,7 @@ def test_prepared_again(run, house, tmp_path):
     for name in ('train.bin', 'val.bin'):
         path = house / 'data' / 'again' / name
         content = path.read_bytes()
-        path.write_bytes(b''.join(sorted(content[i:i + 2] for i in range(0, len(content), 2))))
+        path.write_bytes(b''.join(sorted(content[i : i + 2] for i in range(0, len(content), 2))))
     out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=35').stdout
     assert 'checkpoint 33: train loss' in out and 'exploded' not in out
     assert load(tmp_path / 'out')['iter_num'] == 35

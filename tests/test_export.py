@@ -2,6 +2,7 @@
 To transformers and back: what the AutoModelForCausalLM, AutoTokenizer and pipeline of people without this
 project make of an exported folder.
 """
+
 import math
 import os
 import re
@@ -35,8 +36,7 @@ def all_logits(net, x):
     return net.lm_head(net.hidden(x))
 
 
-@pytest.mark.parametrize('activation, bias, vocab_size', [
-    ('gelu', False, 40), ('gelu_tanh', True, 512)])
+@pytest.mark.parametrize('activation, bias, vocab_size', [('gelu', False, 40), ('gelu_tanh', True, 512)])
 @torch.no_grad()
 def test_same_logits_and_back(tmp_path, activation, bias, vocab_size):
     """In float32 to the last bit for the characters, and one token more there, <|endoftext|>. The way back
@@ -105,9 +105,11 @@ def test_padded_ids(tmp_path):
 def test_no_tokenizer(house, tmp_path):
     """A model whose tokens nothing explains, or explains too many, gets one line and leaves no files."""
     net = GPT(GPTConfig(8, 65, 1, 1, 8))
-    for source, words in ((net.tokenizer_source, 'set model.tokenizer_source to its folder'),
-                          (tmp_path, f'put it into {tmp_path}'),
-                          (char_tokenizer(''.join(map(chr, range(66)))).spec, 'set model.tokenizer_source')):
+    for source, words in (
+        (net.tokenizer_source, 'set model.tokenizer_source to its folder'),
+        (tmp_path, f'put it into {tmp_path}'),
+        (char_tokenizer(''.join(map(chr, range(66)))).spec, 'set model.tokenizer_source'),
+    ):
         net.tokenizer_source = source
         words = f'65 tokens, but no tokenizer.json or meta.pkl of that size: {words}'
         with pytest.raises(ValueError, match=words):
@@ -145,7 +147,8 @@ def test_permissions(run, altered, tmp_path, umask):
         os.umask(before)
     files = [*(tmp_path / 'export').iterdir()]
     assert {'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'config.json'} <= {
-        path.name for path in files}
+        path.name for path in files
+    }
     run(altered(f'import os\nos.umask({umask})'), *SMALL, '--max_iters=1')
     for path in [*files, *(tmp_path / 'out').iterdir()]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
@@ -154,8 +157,12 @@ def test_permissions(run, altered, tmp_path, umask):
 # -----------------------------------------------------------------------------
 # What people do with an export
 
-KINDS = {'char': (CHARACTERS.spec, 40, 41), 'padded': (CHARACTERS.spec, 64, 41),
-         'bpe': (train_bpe([TEXT], 300).spec, 320, 300), 'gpt2': ({'kind': 'gpt2'}, 50304, 50257)}
+KINDS = {
+    'char': (CHARACTERS.spec, 40, 41),
+    'padded': (CHARACTERS.spec, 64, 41),
+    'bpe': (train_bpe([TEXT], 300).spec, 320, 300),
+    'gpt2': ({'kind': 'gpt2'}, 50304, 50257),
+}
 PROMPTS = ['the lazy dog', 'the quick', 'the small bird flies over']
 
 
@@ -176,6 +183,7 @@ def exported(tmp_path_factory):
             net.save_pretrained(folder := tmp_path_factory.mktemp(kind))
             made[kind] = net, folder
         return made[kind]
+
     return exported
 
 
@@ -190,8 +198,12 @@ def test_vocabulary_of_an_export(exported, bpe, kind):
     assert len(tokenizer) == size == theirs.config.vocab_size == len(theirs.transformer.wte.weight)
     assert theirs.config.checkpoint_vocab_size == {str(size): padded}
     eot = size - 1 if ours.eot is None else ours.eot
-    assert {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id,
-            tokenizer.eos_token_id} == {eot}
+    assert {
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    } == {eot}
     assert theirs.generation_config.suppress_tokens == ([eot] if ours.eot is None else None)
     batch = tokenizer(PROMPTS, padding=True, return_tensors='pt')
     logits = theirs(**batch).logits
@@ -200,8 +212,8 @@ def test_vocabulary_of_an_export(exported, bpe, kind):
     for ids, mask, row, text in zip(batch['input_ids'], masks, logits, PROMPTS, strict=True):
         encoded = ours.encode(text)
         assert ids[mask].tolist() == encoded and (ids[~mask] == eot).all()
-        want = all_logits(net, torch.tensor([encoded]))[0, :, :ours.vocab_size]
-        torch.testing.assert_close(row[mask][:, :ours.vocab_size], want, rtol=0, atol=1e-4)
+        want = all_logits(net, torch.tensor([encoded]))[0, :, : ours.vocab_size]
+        torch.testing.assert_close(row[mask][:, : ours.vocab_size], want, rtol=0, atol=1e-4)
 
 
 @slow
@@ -238,7 +250,8 @@ def test_fine_tuned_there(exported, bpe, tmp_path, kind):
     back = GPT.from_pretrained(str(tmp_path))
     assert back.config == net.config and back.tokenizer().reads_like(net.tokenizer())
     assert {n: p.shape for n, p in back.state_dict().items()} == {
-        n: p.shape for n, p in net.state_dict().items()}
+        n: p.shape for n, p in net.state_dict().items()
+    }
     size = net.tokenizer().vocab_size
     ids = torch.tensor([net.tokenizer().encode(PROMPTS[2])])
     with torch.no_grad():
@@ -265,7 +278,7 @@ def test_token_added_there(exported, tmp_path, added):
     assert ours.vocab_size == 300 + added
     ids = torch.tensor([ours.encode('the [X] fox')])
     with torch.no_grad():
-        torch.testing.assert_close(all_logits(back, ids)[..., :300 + added], theirs(ids).logits)
+        torch.testing.assert_close(all_logits(back, ids)[..., : 300 + added], theirs(ids).logits)
     back.save_pretrained(tmp_path / 'again')
     again = AutoModelForCausalLM.from_pretrained(tmp_path / 'again').eval()
     with torch.no_grad():
@@ -274,6 +287,7 @@ def test_token_added_there(exported, tmp_path, added):
 
 # -----------------------------------------------------------------------------
 # Models that train.py has trained
+
 
 @pytest.fixture(scope='module')
 def text(house, tmp_path_factory):
@@ -295,8 +309,18 @@ def test_a_trained_model(run, text, bpe, tmp_path, kind):
     """README's one-liner. The ids and texts of the tokenizer, the greedy text of the pipeline and of
     sample.py from the export are ours.
     """
-    run('train.py', *SMALL, f'--dataset=x{kind}', '--max_iters=15', '--eval_interval=15', '--eval_iters=1',
-        '--block_size=48', '--n_layer=1', '--batch_size=1', '--gradient_accumulation_steps=1')
+    run(
+        'train.py',
+        *SMALL,
+        f'--dataset=x{kind}',
+        '--max_iters=15',
+        '--eval_interval=15',
+        '--eval_iters=1',
+        '--block_size=48',
+        '--n_layer=1',
+        '--batch_size=1',
+        '--gradient_accumulation_steps=1',
+    )
     net = GPT.from_checkpoint(tmp_path / 'out')
     net.save_pretrained(tmp_path / 'export')
     ours, theirs = net.tokenizer(), AutoTokenizer.from_pretrained(tmp_path / 'export')
@@ -310,8 +334,14 @@ def test_a_trained_model(run, text, bpe, tmp_path, kind):
     generate = pipeline('text-generation', str(tmp_path / 'export'), device='cpu')
     start = 'the lazy '
     there = generate(start, do_sample=False, max_new_tokens=20, return_full_text=True)[0]['generated_text']
-    how = [f'--start={start}', '--temperature=0', '--num_samples=1', '--max_new_tokens=20', *MACHINE,
-           '--stop=<|endoftext|>']
+    how = [
+        f'--start={start}',
+        '--temperature=0',
+        '--num_samples=1',
+        '--max_new_tokens=20',
+        *MACHINE,
+        '--stop=<|endoftext|>',
+    ]
     assert run('sample.py', *how).stdout == there + '\n' + END
     assert run('sample.py', *how, '--init_from=export').stdout == there + '\n' + END
     if kind == 'char':  # an unknown character is an error in both, not dropped
@@ -344,13 +374,19 @@ def test_wikitext_perplexity(run, house, tmp_path, bpe):
     torch.manual_seed(0)
     GPT(GPTConfig(24, 50257, 2, 2, 16)).save_pretrained(tmp_path / 'gpt')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'gpt').eval()
-    out = run('train.py', 'config/eval_wikitext.py', f'--init_from={tmp_path / "gpt"}', '--block_size=24',
-              '--batch_size=3', *MACHINE).stdout
+    out = run(
+        'train.py',
+        'config/eval_wikitext.py',
+        f'--init_from={tmp_path / "gpt"}',
+        '--block_size=24',
+        '--batch_size=3',
+        *MACHINE,
+    ).stdout
     ids = np.fromfile(house / 'data' / 'wikitext' / 'val.bin', dtype='<u2').astype(np.int64)
     ids = torch.from_numpy(ids)
     total, words = 0.0, 9 * (4 + 9 + 3)
     for i in range(0, len(ids) - 1, 24):
-        window = ids[i:i + 25]
+        window = ids[i : i + 25]
         with torch.no_grad():
             logits = theirs(window[None, :-1]).logits[0].double()
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction='sum').item()

@@ -6,6 +6,7 @@ Making them takes Linux, root and `ip`. It is tried once, when this file is impo
 the tests of two hosts are not collected, and a warning says why: a skip, which CI refuses, is for what
 somebody can bring along. The Slurm script is tested there too, as a job of one node.
 """
+
 import os
 import re
 import shlex
@@ -48,8 +49,20 @@ class Hosts:
         try:
             for name in self.names:
                 ip('netns', 'add', name)
-            ip('link', 'add', 'wire', 'netns', self.names[0], 'type', 'veth',
-               'peer', 'name', 'wire', 'netns', self.names[1])
+            ip(
+                'link',
+                'add',
+                'wire',
+                'netns',
+                self.names[0],
+                'type',
+                'veth',
+                'peer',
+                'name',
+                'wire',
+                'netns',
+                self.names[1],
+            )
             for n, name in enumerate(self.names):
                 ip('-n', name, 'link', 'set', 'lo', 'up')
                 ip('-n', name, 'addr', 'add', f'10.77.0.{n + 1}/24', 'dev', 'wire')
@@ -70,8 +83,20 @@ class Hosts:
     def on(self, n, *command):
         """The command that runs another one on node n, in the same process."""
         inside = f'echo node{n} > /proc/sys/kernel/hostname; mount --bind {self.folder}/hosts{n} /etc/hosts'
-        return ['ip', 'netns', 'exec', self.names[n], 'unshare', '--uts', '--mount',
-                'sh', '-ec', f'{inside}; exec "$@"', 'sh', *map(str, command)]
+        return [
+            'ip',
+            'netns',
+            'exec',
+            self.names[n],
+            'unshare',
+            '--uts',
+            '--mount',
+            'sh',
+            '-ec',
+            f'{inside}; exec "$@"',
+            'sh',
+            *map(str, command),
+        ]
 
     def kill(self, n):
         """SIGKILL of all processes there."""
@@ -129,14 +154,22 @@ def torchrun(house, tmp_path, hosts):
     """torchrun(n, options, '--key=value', …): train.py on node n, in the background. Its output comes line by
     line from process.stdout.
     """
+
     def torchrun(n, options, *arguments, env={}):  # noqa: B006
         command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1', *options]
         command += [f'--node_rank={n}'] * ('--master_port=29500' in options)
         process = subprocess.Popen(
-            hosts.on(n, *command, house / 'train.py', *arguments), cwd=tmp_path, env={**os.environ, **env},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+            hosts.on(n, *command, house / 'train.py', *arguments),
+            cwd=tmp_path,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding='utf-8',
+        )
         hosts.started.append(process)
         return process
+
     return torchrun
 
 
@@ -158,9 +191,11 @@ def alone(house, tmp_path_factory):
 @pytest.fixture
 def assert_followed(alone, tmp_path):
     """assert_followed(): the run in out has all metrics of the process that was left alone."""
+
     def assert_followed():
         assert_close(metrics(alone), metrics(tmp_path / 'out'))
         assert load(tmp_path / 'out')['iter_num'] == 200
+
     return assert_followed
 
 
@@ -179,8 +214,15 @@ def test_name_of_loopback(torchrun, assert_followed, hosts):
     """
     hosts.write_hosts(0, ['127.0.1.1', '10.77.0.2'])
     hosts.write_hosts(1, ['10.77.0.1', '127.0.1.1'])
-    nodes = [torchrun(n, [*C10D, f'--rdzv-conf=is_host={1 - n}', f'--local-addr=10.77.0.{n + 1}'], *LONG,
-                      env={'GLOO_SOCKET_IFNAME': 'wire'}) for n in range(2)]
+    nodes = [
+        torchrun(
+            n,
+            [*C10D, f'--rdzv-conf=is_host={1 - n}', f'--local-addr=10.77.0.{n + 1}'],
+            *LONG,
+            env={'GLOO_SOCKET_IFNAME': 'wire'},
+        )
+        for n in range(2)
+    ]
     rest(nodes)
     assert_followed()
 
@@ -230,13 +272,14 @@ def test_link_cut(torchrun, run, hosts):
 def test_elastic(torchrun, assert_followed, hosts):
     """--nnodes=1:2 loses a host to a power cut, which tells nobody: the other goes on alone, on one curve."""
     options = ['--nnodes=1:2', *C10D[1:], '--max-restarts=3', QUICK]
-    first, second = (torchrun(n, options, *LONG, '--init_from=auto', f'--dist_timeout={TIMEOUT}')
-                     for n in range(2))
+    first, second = (
+        torchrun(n, options, *LONG, '--init_from=auto', f'--dist_timeout={TIMEOUT}') for n in range(2)
+    )
     assert ', 2 processes\n' in wait_for(first, 'iter 40:')
     hosts.link('down')
     assert hosts.kill(1) == 2
     wait_for(first, 'rank 0: lost the other ranks')
-    out, = rest([first])
+    (out,) = rest([first])
     assert re.search(r'resuming out/ckpt.pt at iteration \d+: .*, 1 processes\n', out)
     assert_followed()
 
@@ -278,26 +321,44 @@ def test_slurm_script(house, request, tmp_path, assert_followed):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    for old, new in (('--nproc_per_node=8', '--nproc_per_node=1'), (':29500', f':{port}'),
-                     ('torchrun --nnodes=2', f'torchrun --nnodes={1 if problem else 2}'),
-                     ('train.py config/train_gpt2.py', shlex.join([str(house / 'train.py'), *LONG]))):
+    for old, new in (
+        ('--nproc_per_node=8', '--nproc_per_node=1'),
+        (':29500', f':{port}'),
+        ('torchrun --nnodes=2', f'torchrun --nnodes={1 if problem else 2}'),
+        ('train.py config/train_gpt2.py', shlex.join([str(house / 'train.py'), *LONG])),
+    ):
         assert old in script
         script = script.replace(old, new)
     (tmp_path / 'job.sh').write_text(script)
     nodes = [[], []] if problem else [request.getfixturevalue('hosts').on(n) for n in range(2)]
     (tmp_path / 'bin').mkdir()
     for name, text in STAND_INS.items():
-        for word, value in (('NODE0', shlex.join(nodes[0])), ('NODE1', shlex.join(nodes[1])),
-                            ('NODES', 'localhost' if problem else 'node0 node1'), ('PYTHON', sys.executable)):
+        for word, value in (
+            ('NODE0', shlex.join(nodes[0])),
+            ('NODE1', shlex.join(nodes[1])),
+            ('NODES', 'localhost' if problem else 'node0 node1'),
+            ('PYTHON', sys.executable),
+        ):
             text = re.sub(rf'\b{word}\b', lambda _, value=value: value, text)
         (tmp_path / 'bin' / name).write_text(f'#!/bin/bash\n{text}\n')
         (tmp_path / 'bin' / name).chmod(0o755)
-    env = {**os.environ, 'PATH': f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-           'SLURM_JOB_ID': '4711', 'SLURM_JOB_NODELIST': 'node[0-1]'}
+    env = {
+        **os.environ,
+        'PATH': f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        'SLURM_JOB_ID': '4711',
+        'SLURM_JOB_NODELIST': 'node[0-1]',
+    }
     for stopping in (True, False):
-        job = subprocess.Popen(['bash', 'job.sh'], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8',
-                               start_new_session=True)
+        job = subprocess.Popen(
+            ['bash', 'job.sh'],
+            cwd=tmp_path,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding='utf-8',
+            start_new_session=True,
+        )
         try:
             read = wait_for(job, 'iter 40:' if stopping else 'resuming')
             if stopping:

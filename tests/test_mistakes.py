@@ -1,4 +1,5 @@
 """What a newcomer gets wrong: status 1 and one line that says what to do, no traceback, nothing harmed."""
+
 import os
 import pickle
 import random
@@ -27,27 +28,39 @@ def cases(quick, *more):
     return [*quick, *(pytest.param(*case, marks=slow) for case in more)]
 
 
-@pytest.mark.parametrize('arguments, words', cases(
-    [(['--batchsize=3'], "unknown key 'batchsize', did you mean 'batch_size'?"),
-     (['--optimizer=mun'], "optimizer takes adamw or muon, not 'mun'"),
-     (['--dataset=shakespeare_char'], 'train.bin: run `python {house}/data/shakespeare_char/prepare.py`'),
-     (['--init_from=resume'], 'no checkpoint at out/ckpt.pt: train first, or name the folder with --out_dir'),
-     (['--init_from=gpt2', '--dataset=bare'], "cannot read GPT-2 from 'gpt2'"),
-     (['--seed=-1'], 'seed must be at least 0, not -1'),
-     (['--block_size=5000'], 'a sequence takes block_size + 1 = 5001: use a smaller --block_size')],
-    (['--batch_size=many'], "batch_size takes int, not 'many'"),
-    (['--dataset=shakespear'], "data/shakespear/train.bin: dataset 'shakespear' is none of "),
-    (['--lr_schedule=step'], "lr_schedule takes cosine or linear or wsd, not 'step'"),
-    (['--sampler=all'], "sampler takes random or epoch, not 'all'"),
-    (['--dtype=float8'], "dtype takes float32 or bfloat16 or float16 or None, not 'float8'"),
-    (['--init_from=resum'], "init_from 'resum' is no folder"),
-    (['--eval_iters=0'], 'eval_iters must be at least 1, not 0'),
-    (['--batch_size=0'], 'batch_size must be at least 1, not 0'),
-    (['--max_iters=-1'], 'max_iters must be at least 0, not -1'),
-    (['--device=tpu'], "device 'tpu' is none of cuda, cuda:0, cuda:1"),
-    (['--n_embd=31'], 'n_embd 31 is not divisible by n_head 2'),
-    (['--beta1=1.5'], 'beta'),
-    (['--peak_flops=x'], "peak_flops takes float or None, not 'x'")))
+@pytest.mark.parametrize(
+    'arguments, words',
+    cases(
+        [
+            (['--batchsize=3'], "unknown key 'batchsize', did you mean 'batch_size'?"),
+            (['--optimizer=mun'], "optimizer takes adamw or muon, not 'mun'"),
+            (
+                ['--dataset=shakespeare_char'],
+                'train.bin: run `python {house}/data/shakespeare_char/prepare.py`',
+            ),
+            (
+                ['--init_from=resume'],
+                'no checkpoint at out/ckpt.pt: train first, or name the folder with --out_dir',
+            ),
+            (['--init_from=gpt2', '--dataset=bare'], "cannot read GPT-2 from 'gpt2'"),
+            (['--seed=-1'], 'seed must be at least 0, not -1'),
+            (['--block_size=5000'], 'a sequence takes block_size + 1 = 5001: use a smaller --block_size'),
+        ],
+        (['--batch_size=many'], "batch_size takes int, not 'many'"),
+        (['--dataset=shakespear'], "data/shakespear/train.bin: dataset 'shakespear' is none of "),
+        (['--lr_schedule=step'], "lr_schedule takes cosine or linear or wsd, not 'step'"),
+        (['--sampler=all'], "sampler takes random or epoch, not 'all'"),
+        (['--dtype=float8'], "dtype takes float32 or bfloat16 or float16 or None, not 'float8'"),
+        (['--init_from=resum'], "init_from 'resum' is no folder"),
+        (['--eval_iters=0'], 'eval_iters must be at least 1, not 0'),
+        (['--batch_size=0'], 'batch_size must be at least 1, not 0'),
+        (['--max_iters=-1'], 'max_iters must be at least 0, not -1'),
+        (['--device=tpu'], "device 'tpu' is none of cuda, cuda:0, cuda:1"),
+        (['--n_embd=31'], 'n_embd 31 is not divisible by n_head 2'),
+        (['--beta1=1.5'], 'beta'),
+        (['--peak_flops=x'], "peak_flops takes float or None, not 'x'"),
+    ),
+)
 def test_train(run, house, tmp_path, arguments, words):
     assert words.format(house=house) in run('train.py', *SMALL, *arguments, status=1)
     assert {path.name for path in tmp_path.glob('out/*')} <= {'.lock'}
@@ -60,12 +73,22 @@ def test_cuda_without_cuda(run, trained, script):
     assert run(script, *(SMALL if script == 'train.py' else []), '--device=cuda', status=1) == words
 
 
-@pytest.mark.parametrize('split, ids, words', cases(
-    [('train', np.arange(100) % 64, "train.bin holds the token id 63, but the model's vocabulary ends at 39: "
-      "was the data prepared with another tokenizer?"),
-     ('val', np.zeros(10, int), 'val.bin holds 10 tokens, but a sequence takes block_size + 1 = 17')],
-    ('val', np.arange(100) % 64, "val.bin holds the token id 63, but the model's vocabulary ends at 39"),
-    ('train', None, 'data/bad/train.bin is cut off in the middle of a token')))
+@pytest.mark.parametrize(
+    'split, ids, words',
+    cases(
+        [
+            (
+                'train',
+                np.arange(100) % 64,
+                "train.bin holds the token id 63, but the model's vocabulary ends at 39: "
+                "was the data prepared with another tokenizer?",
+            ),
+            ('val', np.zeros(10, int), 'val.bin holds 10 tokens, but a sequence takes block_size + 1 = 17'),
+        ],
+        ('val', np.arange(100) % 64, "val.bin holds the token id 63, but the model's vocabulary ends at 39"),
+        ('train', None, 'data/bad/train.bin is cut off in the middle of a token'),
+    ),
+)
 def test_data(run, house, split, ids, words):
     """Truncated, short or foreign data, found before a GPU would stop with a device-side assertion."""
     bad = house / 'data' / 'bad'
@@ -87,23 +110,44 @@ def test_meta(run, house):
     assert words.startswith(f"cannot read {bad / 'meta.pkl'}")
 
 
-@pytest.mark.parametrize('damage, words', cases(
-    [(lambda path: path.write_bytes(path.read_bytes()[:-2000]), 'damaged or not a checkpoint')],
-    (lambda path: path.write_bytes(b''), 'damaged or not a checkpoint'),
-    (lambda path: path.write_text('not a checkpoint at all'), 'damaged or not a checkpoint'),
-    (lambda path: path.write_bytes(random.Random(7).randbytes(1000)), 'damaged or not a checkpoint'),
-    (lambda path: torch.save({'weights': 1}, path), "not a checkpoint (TypeError: it lacks 'model', or has "),
-    (lambda path: torch.save([1], path), "not a checkpoint (AttributeError: 'list' object has no attribute"),
-    (lambda path: torch.save({'model': [1], 'model_args': None}, path), 'checkpoint '),
-    (lambda path: torch.save({**dict.fromkeys(('optimizer', 'config', 'model'), {}), 'iter_num': 0,
-                              'model_args': {'n_layer': 1}}, path),
-     'the checkpoint does not fit this model.py')))
+@pytest.mark.parametrize(
+    'damage, words',
+    cases(
+        [(lambda path: path.write_bytes(path.read_bytes()[:-2000]), 'damaged or not a checkpoint')],
+        (lambda path: path.write_bytes(b''), 'damaged or not a checkpoint'),
+        (lambda path: path.write_text('not a checkpoint at all'), 'damaged or not a checkpoint'),
+        (lambda path: path.write_bytes(random.Random(7).randbytes(1000)), 'damaged or not a checkpoint'),
+        (
+            lambda path: torch.save({'weights': 1}, path),
+            "not a checkpoint (TypeError: it lacks 'model', or has ",
+        ),
+        (
+            lambda path: torch.save([1], path),
+            "not a checkpoint (AttributeError: 'list' object has no attribute",
+        ),
+        (lambda path: torch.save({'model': [1], 'model_args': None}, path), 'checkpoint '),
+        (
+            lambda path: torch.save(
+                {
+                    **dict.fromkeys(('optimizer', 'config', 'model'), {}),
+                    'iter_num': 0,
+                    'model_args': {'n_layer': 1},
+                },
+                path,
+            ),
+            'the checkpoint does not fit this model.py',
+        ),
+    ),
+)
 def test_checkpoint(run, trained, tmp_path, damage, words):
     path = tmp_path / 'out' / 'ckpt.pt'
     damage(path)
     damaged = path.read_bytes()
-    for script in (['train.py', *SMALL, '--init_from=resume'], ['train.py', *SMALL, '--init_from=out'],
-                   ['sample.py']):
+    for script in (
+        ['train.py', *SMALL, '--init_from=resume'],
+        ['train.py', *SMALL, '--init_from=out'],
+        ['sample.py'],
+    ):
         assert words in run(*script, status=1)
     assert path.read_bytes() == damaged
 
@@ -111,18 +155,36 @@ def test_checkpoint(run, trained, tmp_path, damage, words):
 W = 'transformer.h.0.attn.c_attn.weight'
 
 
-@pytest.mark.parametrize('path, value', cases(
-    [(['optimizer', 'state', 0, 'exp_avg'], lambda m: m[:1].expand(m.shape))],  # shares memory
-    *((['optimizer', 'state', 0, 'exp_avg'], value) for value in (None, torch.zeros(()), lambda m: m.T)),
-    (['optimizer', 'state', 0], lambda state: {'step': state['step']}),
-    (['optimizer', 'state', 0, 'step'], torch.zeros(3)),
-    (['optimizer', 'param_groups', 0, 'params'], 5), (['optimizer', 'param_groups'], None),
-    (['optimizer'], {}), (['optimizer'], None), (['config'], None), (['config', 'seed'], [1]),
-    (['iter_num'], None), (['iter_num'], -3), (['best_val_loss'], 'low'), (['best_val_loss'], torch.zeros(2)),
-    (['rewinds'], -1), (['metrics_bytes'], 'all'), (['scaler'], []), (['tokenizer'], 5),
-    (['model', W], None), (['model', W], lambda w: w.to(torch.complex64)), (['model', W], torch.zeros(7)),
-    (['model', W], torch.zeros(1).expand(40000, 40000)), (['model_args', 'n_layer'], 10 ** 9),
-    (['model_args', 'n_embd'], '32'), (['model_args', 'vocab_size'], 10 ** 12)))
+@pytest.mark.parametrize(
+    'path, value',
+    cases(
+        [(['optimizer', 'state', 0, 'exp_avg'], lambda m: m[:1].expand(m.shape))],  # shares memory
+        *((['optimizer', 'state', 0, 'exp_avg'], value) for value in (None, torch.zeros(()), lambda m: m.T)),
+        (['optimizer', 'state', 0], lambda state: {'step': state['step']}),
+        (['optimizer', 'state', 0, 'step'], torch.zeros(3)),
+        (['optimizer', 'param_groups', 0, 'params'], 5),
+        (['optimizer', 'param_groups'], None),
+        (['optimizer'], {}),
+        (['optimizer'], None),
+        (['config'], None),
+        (['config', 'seed'], [1]),
+        (['iter_num'], None),
+        (['iter_num'], -3),
+        (['best_val_loss'], 'low'),
+        (['best_val_loss'], torch.zeros(2)),
+        (['rewinds'], -1),
+        (['metrics_bytes'], 'all'),
+        (['scaler'], []),
+        (['tokenizer'], 5),
+        (['model', W], None),
+        (['model', W], lambda w: w.to(torch.complex64)),
+        (['model', W], torch.zeros(7)),
+        (['model', W], torch.zeros(1).expand(40000, 40000)),
+        (['model_args', 'n_layer'], 10**9),
+        (['model_args', 'n_embd'], '32'),
+        (['model_args', 'vocab_size'], 10**12),
+    ),
+)
 def test_wrong_values_in_a_checkpoint(run, trained, tmp_path, path, value):
     """None is used, whatever its type or shape: one line, and nothing happens to the memory."""
     checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
@@ -151,27 +213,38 @@ def test_checkpoint_for_sampling_only(run, trained, tmp_path):
 
 def test_sample(run, trained):
     for arguments, words in (
-            (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
-            (['--start=日'], "the model does not know the character '日'"),
-            (['--start=FILE:missing.txt'], 'missing.txt: No such file'),
-            (['--start=FILE:out/ckpt.pt'], 'out/ckpt.pt: the prompt is not UTF-8'),
-            (['--temperature=-1'], 'temperature must be at least 0, not -1.0'),
-            (['--top_p=0'], 'top_p must be in (0, 1], not 0.0'),
-            (['--top_p=nan'], 'top_p takes float or None'),
-            (['--num_samples=0'], 'num_samples must be at least 1'),
-            (['--temperature=nan'], 'temperature takes float'),
-            (['--max_new_tokens=0'], 'max_new_tokens must be at least 1'),
-            (['--init_from=gpt2'], "cannot read GPT-2 from 'gpt2'")):
+        (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
+        (['--start=日'], "the model does not know the character '日'"),
+        (['--start=FILE:missing.txt'], 'missing.txt: No such file'),
+        (['--start=FILE:out/ckpt.pt'], 'out/ckpt.pt: the prompt is not UTF-8'),
+        (['--temperature=-1'], 'temperature must be at least 0, not -1.0'),
+        (['--top_p=0'], 'top_p must be in (0, 1], not 0.0'),
+        (['--top_p=nan'], 'top_p takes float or None'),
+        (['--num_samples=0'], 'num_samples must be at least 1'),
+        (['--temperature=nan'], 'temperature takes float'),
+        (['--max_new_tokens=0'], 'max_new_tokens must be at least 1'),
+        (['--init_from=gpt2'], "cannot read GPT-2 from 'gpt2'"),
+    ):
         assert words in run('sample.py', *arguments, status=1), arguments
 
 
-@pytest.mark.parametrize('script, package, arguments', cases(
-    [('train.py', 'torch', SMALL), ('sample.py', 'torch', []), ('data/custom/prepare.py', 'numpy', []),
-     ('train.py', 'transformers', [*SMALL, '--dataset=bare', '--init_from=gpt2'])],
-    ('train.py', 'numpy', SMALL), ('train.py', 'tqdm', SMALL),
-    ('sample.py', 'transformers', ['--init_from=gpt2']),
-    ('sample.py', 'tiktoken', ['--out_dir=bare']),
-    ('data/openwebtext/prepare.py', 'datasets', []), ('data/shakespeare/prepare.py', 'tqdm', [])))
+@pytest.mark.parametrize(
+    'script, package, arguments',
+    cases(
+        [
+            ('train.py', 'torch', SMALL),
+            ('sample.py', 'torch', []),
+            ('data/custom/prepare.py', 'numpy', []),
+            ('train.py', 'transformers', [*SMALL, '--dataset=bare', '--init_from=gpt2']),
+        ],
+        ('train.py', 'numpy', SMALL),
+        ('train.py', 'tqdm', SMALL),
+        ('sample.py', 'transformers', ['--init_from=gpt2']),
+        ('sample.py', 'tiktoken', ['--out_dir=bare']),
+        ('data/openwebtext/prepare.py', 'datasets', []),
+        ('data/shakespeare/prepare.py', 'tqdm', []),
+    ),
+)
 def test_missing_package(run, altered, tmp_path, script, package, arguments):
     """One that is not installed, at the start or later where it is needed: one line says how to get it."""
     if arguments == ['--out_dir=bare']:  # with GPT-2's encoding
@@ -195,8 +268,10 @@ def test_bpe_files_out_of_reach(run, tmp_path):
     """No network and no cache: tiktoken's long ConnectionError becomes one line."""
     with socket.socket() as closed:  # a proxy that refuses, so that no machine reaches the download
         closed.bind(('127.0.0.1', 0))
-        offline = {'TIKTOKEN_CACHE_DIR': str(tmp_path),
-                   'HTTPS_PROXY': f'http://127.0.0.1:{closed.getsockname()[1]}'}
+        offline = {
+            'TIKTOKEN_CACHE_DIR': str(tmp_path),
+            'HTTPS_PROXY': f'http://127.0.0.1:{closed.getsockname()[1]}',
+        }
         words = run('data/openwebtext/prepare.py', status=1, env=offline)
         assert "cannot download GPT-2's BPE files" in words
         (tmp_path / 'input.txt').write_text('To be')
@@ -210,9 +285,13 @@ def test_ranks(run, start):
     alone = start(*SMALL, '--seed=-1', env={'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'})
     with pytest.raises(subprocess.TimeoutExpired):
         alone.wait(5)  # it gives the others 10 seconds
-    for arguments, words in ((['--gradient_accumulation_steps=3'],
-                              'gradient_accumulation_steps 3 is not divisible by the world size 2: try 4'),
-                             (['--batchsize=3'], "unknown key 'batchsize'")):
+    for arguments, words in (
+        (
+            ['--gradient_accumulation_steps=3'],
+            'gradient_accumulation_steps 3 is not divisible by the world size 2: try 4',
+        ),
+        (['--batchsize=3'], "unknown key 'batchsize'"),
+    ):
         assert run('train.py', *SMALL, *arguments, status=1, ranks=2).count(words) == 1
     assert alone.stdout.read() == 'seed must be at least 0, not -1\n'
     assert alone.wait() == 1
@@ -229,8 +308,10 @@ def test_other_ways_to_the_script(run, house, trained, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize('key, value', [('lr_schedule', 'step'), ('sampler', 'blocks'), ('seed', 'x'),
-                                        ('batch_size', 4.0), ('max_iters', [3])])
+@pytest.mark.parametrize(
+    'key, value',
+    [('lr_schedule', 'step'), ('sampler', 'blocks'), ('seed', 'x'), ('batch_size', 4.0), ('max_iters', [3])],
+)
 def test_settings_of_a_checkpoint(run, trained, tmp_path, key, value):
     """What a resumed run takes from a checkpoint is checked like the command line. A given key wins."""
     path = tmp_path / 'out' / 'ckpt.pt'
@@ -246,8 +327,9 @@ def test_settings_of_a_checkpoint(run, trained, tmp_path, key, value):
 def test_tokenizer_files(run, house, trained, tmp_path):
     """Half a meta.pkl, a tokenizer.json that is not UTF-8, an empty optimizer: one line each."""
     for name, file, content, words in (
-            ('half', 'meta.pkl', pickle.dumps({'stoi': {'a': 0}}), 'lacks stoi or itos'),
-            ('latin', 'tokenizer.json', b'{"caf\xe9"}', 'data/latin/tokenizer.json (JSONDecodeError: ')):
+        ('half', 'meta.pkl', pickle.dumps({'stoi': {'a': 0}}), 'lacks stoi or itos'),
+        ('latin', 'tokenizer.json', b'{"caf\xe9"}', 'data/latin/tokenizer.json (JSONDecodeError: '),
+    ):
         folder = house / 'data' / name
         shutil.copytree(house / 'data' / 'bare', folder)
         (folder / file).write_bytes(content)

@@ -1,4 +1,5 @@
 """model.py against transformers, tests/reference.py in float64, and itself without shortcuts."""
+
 import copy
 import ctypes
 import importlib.util
@@ -50,15 +51,29 @@ def all_logits(net, x):
 # -----------------------------------------------------------------------------
 # The network
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize('layers, heads, width, context, vocab', [(2, 2, 32, 16, 61), (3, 4, 64, 32, 500)])
 def test_transformers_gpt2(tmp_path, layers, heads, width, context, vocab):
     """Logits within 1e-5 and gradients within 1e-4 of transformers' GPT-2, read from a folder."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(
-        n_layer=layers, n_head=heads, n_embd=width, n_positions=context, vocab_size=vocab, bos_token_id=None,
-        eos_token_id=None, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, initializer_range=0.1))
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=layers,
+            n_head=heads,
+            n_embd=width,
+            n_positions=context,
+            vocab_size=vocab,
+            bos_token_id=None,
+            eos_token_id=None,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            initializer_range=0.1,
+        )
+    )
     for name, q in theirs.named_parameters():  # biases and gains that matter
         if name.endswith('bias') or '.ln_' in name:
             torch.nn.init.normal_(q, mean=float('ln_' in name and name.endswith('weight')), std=0.1)
@@ -86,9 +101,20 @@ def test_transformers_gpt2(tmp_path, layers, heads, width, context, vocab):
 def erf_gpt2(tmp_path_factory):
     """A GPT-2 of transformers whose activation is erf's GELU, and the folder where it is saved."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=11,
-                                        bos_token_id=None, eos_token_id=None, activation_function='gelu'))
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=1,
+            n_head=1,
+            n_embd=8,
+            n_positions=8,
+            vocab_size=11,
+            bos_token_id=None,
+            eos_token_id=None,
+            activation_function='gelu',
+        )
+    )
     theirs.save_pretrained(folder := tmp_path_factory.mktemp('erf'))
     return theirs.eval(), folder
 
@@ -99,6 +125,7 @@ def test_pretrained_variants(tmp_path, erf_gpt2):
     and a folder that is none get one line.
     """
     from safetensors.torch import load_file, save_file
+
     theirs, folder = erf_gpt2
     net, x = GPT.from_pretrained(str(folder)), tokens(2, 8, high=11)
     assert net.config.activation == 'gelu' and (all_logits(net, x) - theirs(x).logits).abs().max() < 1e-5
@@ -110,37 +137,72 @@ def test_pretrained_variants(tmp_path, erf_gpt2):
     weights['transformer.h.0.mlp.c_fc.weight'] = torch.zeros(8, 16)
     save_file(weights, tmp_path / 'shapes' / 'model.safetensors', metadata={'format': 'pt'})
     (tmp_path / 'empty' / 'model.safetensors').unlink()
-    for name, words in (('partial', 'not complete: transformer.h.0.mlp.c_fc.weight is missing'),
-                        ('shapes', 'not complete: transformer.h.0.mlp.c_fc.weight is missing or of another'),
-                        ('empty', 'is all there'),
-                        ('missing', 'no name such as resume, gpt2, gpt2-medium')):
+    for name, words in (
+        ('partial', 'not complete: transformer.h.0.mlp.c_fc.weight is missing'),
+        ('shapes', 'not complete: transformer.h.0.mlp.c_fc.weight is missing or of another'),
+        ('empty', 'is all there'),
+        ('missing', 'no name such as resume, gpt2, gpt2-medium'),
+    ):
         with pytest.raises(ValueError, match=words) as error:
             GPT.from_pretrained(str(tmp_path / name))
         assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('field, value', [
-    ('layer_norm_epsilon', 1e-6), ('n_inner', 16), ('scale_attn_weights', False),
-    ('scale_attn_by_inverse_layer_idx', True), ('tie_word_embeddings', False), ('add_cross_attention', True),
-    ('activation_function', 'relu'), ('activation_function', 'silu')])
+@pytest.mark.parametrize(
+    'field, value',
+    [
+        ('layer_norm_epsilon', 1e-6),
+        ('n_inner', 16),
+        ('scale_attn_weights', False),
+        ('scale_attn_by_inverse_layer_idx', True),
+        ('tie_word_embeddings', False),
+        ('add_cross_attention', True),
+        ('activation_function', 'relu'),
+        ('activation_function', 'silu'),
+    ],
+)
 def test_fields_that_are_not_built(tmp_path, field, value):
     """A GPT-2 that computes something else is refused, and the field of config.json that says so is named."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=11, bos_token_id=None,
-                               eos_token_id=None, **{field: value})).save_pretrained(tmp_path)
+
+    GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=1,
+            n_head=1,
+            n_embd=8,
+            n_positions=8,
+            vocab_size=11,
+            bos_token_id=None,
+            eos_token_id=None,
+            **{field: value},
+        )
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f'config.json: {field} is {value!r}, and model.py builds') as error:
         GPT.from_pretrained(str(tmp_path))
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('config, words', [
-    ('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', 'holds a LlamaForCausalLM: model.py'),
-    ('{"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}', 'holds a GPTNeoXForCausalLM: '),
-    ('{"model_type": "llama"}', 'holds a llama: '), ('{"model_type": "gpt_neox"}', 'holds a gpt_neox: '),
-    ('{"architectures": null, "model_type": "llama"}', 'holds a llama: '),
-    ('{', 'cannot read GPT-2 from .*JSONDecodeError'), ('[1]', 'cannot read GPT-2 from '),
-    ('', 'cannot read GPT-2 from '), ('caf\udce9', 'cannot read GPT-2 from '),
-    ('{"model_type": "gpt2"}', 'cannot read GPT-2 from .*: is all there')])
+@pytest.mark.parametrize(
+    'config, words',
+    [
+        (
+            '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}',
+            'holds a LlamaForCausalLM: model.py',
+        ),
+        (
+            '{"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}',
+            'holds a GPTNeoXForCausalLM: ',
+        ),
+        ('{"model_type": "llama"}', 'holds a llama: '),
+        ('{"model_type": "gpt_neox"}', 'holds a gpt_neox: '),
+        ('{"architectures": null, "model_type": "llama"}', 'holds a llama: '),
+        ('{', 'cannot read GPT-2 from .*JSONDecodeError'),
+        ('[1]', 'cannot read GPT-2 from '),
+        ('', 'cannot read GPT-2 from '),
+        ('caf\udce9', 'cannot read GPT-2 from '),
+        ('{"model_type": "gpt2"}', 'cannot read GPT-2 from .*: is all there'),
+    ],
+)
 def test_other_models(tmp_path, config, words):
     """Folders of other models, and a config.json that is none: one line says what the folder holds."""
     (tmp_path / 'config.json').write_bytes(config.encode(errors='surrogateescape'))
@@ -154,8 +216,18 @@ def test_other_heads(tmp_path):
     any is GPT-2. An adapter, which has no weights of its own, is to be merged first.
     """
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
-    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=11, bos_token_id=None,
-                        eos_token_id=None, num_labels=2, initializer_range=1.0)
+
+    config = GPT2Config(
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+        n_positions=8,
+        vocab_size=11,
+        bos_token_id=None,
+        eos_token_id=None,
+        num_labels=2,
+        initializer_range=1.0,
+    )
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / 'classes')
     with pytest.raises(ValueError, match='classes holds a GPT2ForSequenceClassification: model.py builds'):
         GPT.from_pretrained(str(tmp_path / 'classes'))
@@ -176,10 +248,21 @@ def test_other_heads(tmp_path):
 def test_names_of_gelu(tmp_path, name):
     """transformers has six names for two functions; each gives its own logits here."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(
-        n_layer=2, n_head=1, n_embd=8, n_positions=8, vocab_size=11, bos_token_id=None, eos_token_id=None,
-        activation_function=name, initializer_range=0.5)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=2,
+            n_head=1,
+            n_embd=8,
+            n_positions=8,
+            vocab_size=11,
+            bos_token_id=None,
+            eos_token_id=None,
+            activation_function=name,
+            initializer_range=0.5,
+        )
+    ).eval()
     theirs.save_pretrained(tmp_path)
     net, x = GPT.from_pretrained(str(tmp_path)), tokens(4, 8, high=11)
     erf = name in ('gelu', 'gelu_python')
@@ -231,9 +314,12 @@ def test_plain_reference(changes):
 
 
 def test_impossible_shapes():
-    for changes, words in ((dict(n_embd=15), 'n_embd 15 is not divisible by n_head 2'),
-                           (dict(n_layer=0), 'n_layer'), (dict(dropout=1.0), 'dropout'),
-                           (dict(activation='relu'), 'activation')):
+    for changes, words in (
+        (dict(n_embd=15), 'n_embd 15 is not divisible by n_head 2'),
+        (dict(n_layer=0), 'n_layer'),
+        (dict(dropout=1.0), 'dropout'),
+        (dict(activation='relu'), 'activation'),
+    ):
         with pytest.raises(ValueError, match=words):
             GPTConfig(**{**ARGS, **changes})
     with pytest.raises(ValueError, match='13 tokens do not fit into block_size 12'):
@@ -283,6 +369,7 @@ def test_crop_block_size():
 # -----------------------------------------------------------------------------
 # nanoGPT's scripts
 
+
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scripts_of_nanogpt(compiled):
     """What nanoGPT's train.py, bench.py and sample.py do with a model: each of 20 losses is that of the
@@ -296,8 +383,9 @@ def test_scripts_of_nanogpt(compiled):
     p = {name.replace('lm_head', 'transformer.wte'): q for name, q in p.items()}
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     if compiled:
-        optim = net.configure_optimizers(weight_decay=0.1, learning_rate=1e-2, betas=(0.9, 0.95),
-                                         device_type='cpu')
+        optim = net.configure_optimizers(
+            weight_decay=0.1, learning_rate=1e-2, betas=(0.9, 0.95), device_type='cpu'
+        )
         net = torch.compile(net, backend='eager')
     else:
         optim = net.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
@@ -368,20 +456,39 @@ def test_sizes_of_nanogpt(monkeypatch):
     """
     with torch.device('meta'):
         net = GPT(GPTConfig(bias=False))
-    assert vars(GPTConfig()) == dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768,
-                                     dropout=0.0, bias=True, activation='gelu')
+    assert vars(GPTConfig()) == dict(
+        block_size=1024,
+        vocab_size=50304,
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        dropout=0.0,
+        bias=True,
+        activation='gelu',
+    )
     assert round(net.get_num_params() / 1e6, 2) == 123.59 and round(net.estimate_mfu(1, 1024, 1) / 1e6) == 855
     assert net.estimate_mfu(1, 1.024, None) is None
     assert net.estimate_mfu(1, 1.024, 1e12) == pytest.approx(0.855, rel=1e-3)
     assert net.estimate_mfu(480, 3.0) == pytest.approx(0.449, abs=1e-3)  # nanoGPT's on one A100
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
     for name, peak in (
-            ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA L4', 121e12),
-            ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989.4e12), ('NVIDIA L40S', 362e12),
-            ('NVIDIA L40', None), ('Tesla T4', 65e12), ('NVIDIA T400', None),
-            ('Tesla V100-SXM2-32GB', 125e12), ('NVIDIA GeForce RTX 3090', 71e12),
-            ('NVIDIA GeForce RTX 3090 Ti', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
-            ('NVIDIA A100-SXM4-80GB MIG 1g.10gb', None), ('NVIDIA B200', 2250e12), ('NVIDIA GB200', None)):
+        ('NVIDIA A100-SXM4-80GB', 312e12),
+        ('NVIDIA H100 80GB HBM3', 989.4e12),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA H200', 989.4e12),
+        ('NVIDIA L40S', 362e12),
+        ('NVIDIA L40', None),
+        ('Tesla T4', 65e12),
+        ('NVIDIA T400', None),
+        ('Tesla V100-SXM2-32GB', 125e12),
+        ('NVIDIA GeForce RTX 3090', 71e12),
+        ('NVIDIA GeForce RTX 3090 Ti', None),
+        ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
+        ('NVIDIA A100-SXM4-80GB MIG 1g.10gb', None),
+        ('NVIDIA B200', 2250e12),
+        ('NVIDIA GB200', None),
+    ):
         assert ours.peak_flops_of('cuda', 'bfloat16') == peak, name
         assert ours.peak_flops_of('cuda', 'float32') is ours.peak_flops_of('cpu', 'bfloat16') is None
 
@@ -435,7 +542,8 @@ def test_pretrained_alone(erf_gpt2, alone):
 # -----------------------------------------------------------------------------
 # The chunked loss
 
-@pytest.mark.parametrize('chunk', [1, 29 * 3, 29 * 7, 10 ** 6])
+
+@pytest.mark.parametrize('chunk', [1, 29 * 3, 29 * 7, 10**6])
 @pytest.mark.parametrize('ignored', ['none', 'some', 'all'])
 def test_chunked_loss(monkeypatch, chunk, ignored):
     """Value and gradients of plain cross-entropy in float64, for one chunk, ragged ones and single rows."""
@@ -462,13 +570,15 @@ def test_chunked_loss_used_twice(dtype):
     first pass scaled the saved gradients in place, and the second one failed for it, as no plain loss does.
     """
     net, x, y = tiny()[0].to(dtype), tokens(4, 12), tokens(4, 12, seed=1)
+
     def grads(of, **how):
         return [q.clone() for q in torch.autograd.grad(of, [*net.parameters()], **how)]
+
     loss = net(x, y, return_logits=False)[1]
     first = grads(loss, retain_graph=True)
     again = grads(loss, retain_graph=True)
     tripled = grads(3 * loss, retain_graph=True)
-    in_formula = grads(loss + loss ** 2)
+    in_formula = grads(loss + loss**2)
     plain = net(x, y)[1]
     tolerance = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-6)
     for a, b, c in zip(first, again, tripled, strict=True):
@@ -476,7 +586,7 @@ def test_chunked_loss_used_twice(dtype):
         torch.testing.assert_close(c, 3 * a, **tolerance)
     for a, b in zip(first, grads(plain, retain_graph=True), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
-    for a, b in zip(in_formula, grads(plain + plain ** 2), strict=True):
+    for a, b in zip(in_formula, grads(plain + plain**2), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
 
@@ -484,7 +594,7 @@ def test_chunked_loss_differentiates_once():
     """A gradient of its gradient is an error: the saved gradients are constants, and it came out wrong."""
     x = torch.randn(5, 8, requires_grad=True)
     loss = ChunkedCrossEntropy.apply(x, torch.randn(7, 8), tokens(5, high=7), torch.float32, True)
-    grad, = torch.autograd.grad(loss ** 2, x, create_graph=True)
+    (grad,) = torch.autograd.grad(loss**2, x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
 
@@ -510,19 +620,23 @@ def test_float16_sums_do_not_overflow():
     x, w = torch.full((8000, 4), 10.0), torch.zeros(8, 4, requires_grad=True)
     y = torch.zeros(8000, dtype=torch.long)
     loss = ChunkedCrossEntropy.apply(x, w, y, torch.float16, True)
-    grad, = torch.autograd.grad(loss, w)
-    want, = torch.autograd.grad(F.cross_entropy(x @ w.T, y), w)
+    (grad,) = torch.autograd.grad(loss, w)
+    (want,) = torch.autograd.grad(F.cross_entropy(x @ w.T, y), w)
     torch.testing.assert_close(grad, want, rtol=1e-2, atol=1e-3)
 
 
 class Largest(TorchDispatchMode):
     """Records the number of elements of the largest tensor that is made."""
+
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
-        made = [t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,))
-                if isinstance(t, torch.Tensor)]
+        made = [
+            t.numel()
+            for t in (out if isinstance(out, (tuple, list)) else (out,))
+            if isinstance(t, torch.Tensor)
+        ]
         self.numel = max([self.numel, *made])
         return out
 
@@ -545,6 +659,7 @@ def test_logits_are_never_complete(monkeypatch, training):
 
 # -----------------------------------------------------------------------------
 # torch.compile
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mode', ['train', 'eval'])
@@ -587,16 +702,19 @@ def test_compiled_decode(dtype, length):
     torch._dynamo.reset()
     x, positions = tokens(2, 12), torch.arange(length)
     decode = torch.compile(net.decode, backend='aot_eager', fullgraph=True)
-    with (torch._dynamo.config.patch(error_on_recompile=True),
-          torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16)):
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True),
+        torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
         cache = net.new_cache(2, length)
         prefill(net, x[:, :4], cache)
         want = [kv.clone() for kv in cache]
         for t in range(4, 12):
-            call = x[:, t:t + 1], positions[t:t + 1]
+            call = x[:, t : t + 1], positions[t : t + 1]
             logits = decode(*call, cache, (positions <= call[1])[None])
             assert logits.dtype == torch.float32 and torch.equal(
-                logits, net.decode(*call, want, (positions <= call[1])[None]))
+                logits, net.decode(*call, want, (positions <= call[1])[None])
+            )
         assert all(map(torch.equal, cache, want))
 
 
@@ -604,10 +722,13 @@ def test_compile_method(monkeypatch):
     """A compiler that fails leaves the method eager and says so in one line."""
     net, _, _ = tiny(n_layer=1)
     want = net(tokens(2, 5))[0]
+
     def compile_nothing(function, **options):
         def failing(*args):
             raise RuntimeError('no\ncompiler')
+
         return failing
+
     monkeypatch.setattr(torch, 'compile', compile_nothing)
     problem = ours.compile_method(net, 'forward', lambda: net(tokens(2, 5)))
     assert problem == 'torch.compile does not work here, running eager (RuntimeError: no compiler)'
@@ -615,8 +736,10 @@ def test_compile_method(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda function, mode: lambda *args: (function(*args)[0] + 1, None))
     assert ours.compile_method(net, 'forward', lambda: net(tokens(2, 5)), mode='default') is None
     assert torch.equal(net(tokens(2, 5))[0], want + 1)
+
     def too_large():
         raise torch.OutOfMemoryError
+
     with pytest.raises(torch.OutOfMemoryError):  # which eager would meet as well
         ours.compile_method(net, 'forward', too_large, mode='default')
 
@@ -624,14 +747,16 @@ def test_compile_method(monkeypatch):
 # -----------------------------------------------------------------------------
 # CUDA without a GPU: fake tensors have a shape, a dtype and a device, and refuse to mix devices
 
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """Within it torch.empty(…, device='cuda') works anywhere, and PyTorch believes in a GPU with bfloat16."""
     guards = None
     if not torch.backends.cuda.is_built():  # then CUDA has no device guard: the meta device's does as well
         try:
-            guards = (ctypes.c_void_p * 15).in_dll(ctypes.CDLL('libc10.so'),
-                                                   '_ZN3c104impl26device_guard_impl_registryE')
+            guards = (ctypes.c_void_p * 15).in_dll(
+                ctypes.CDLL('libc10.so'), '_ZN3c104impl26device_guard_impl_registryE'
+            )
         except (OSError, ValueError):
             pytest.skip("this build of PyTorch hides its device guards")
         guards[1] = guards[14]
@@ -716,10 +841,16 @@ def test_sampling_on_fake_cuda(fake_cuda, dtype, static):
 PACKABLE = pytest.mark.parametrize('dtype', [torch.float32, *[torch.bfloat16] * ours.has_bfloat16('cpu')])
 
 
-@pytest.mark.parametrize('shape, dtype, tolerance', [
-    ({}, torch.float64, 1e-12), ({}, torch.float32, 1e-5), (dict(n_layer=1), torch.bfloat16, 0.1),
-    (dict(n_layer=1, n_head=1, n_embd=8, bias=False), torch.float64, 1e-12),
-    (dict(n_head=4, n_embd=32, activation='gelu_tanh'), torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    'shape, dtype, tolerance',
+    [
+        ({}, torch.float64, 1e-12),
+        ({}, torch.float32, 1e-5),
+        (dict(n_layer=1), torch.bfloat16, 0.1),
+        (dict(n_layer=1, n_head=1, n_embd=8, bias=False), torch.float64, 1e-12),
+        (dict(n_head=4, n_embd=32, activation='gelu_tanh'), torch.float64, 1e-12),
+    ],
+)
 @torch.no_grad()
 def test_cache_is_exact(shape, dtype, tolerance):
     """Whatever the prompt's length, 1 … block_size, cached logits are the uncached ones; so they are through
@@ -735,9 +866,11 @@ def test_cache_is_exact(shape, dtype, tolerance):
         for cache in (sliced, static):
             assert (prefill(net, x[:, :prompt], cache) - whole[:, prompt - 1]).abs().max() < tolerance
         for t in range(prompt, 12):
-            pos = positions[t:t + 1]
-            logits = (net.decode(x[:, t:t + 1], pos, [kv[..., :t + 1, :] for kv in sliced]),
-                      net.decode(x[:, t:t + 1], pos, static, (positions <= pos)[None]))
+            pos = positions[t : t + 1]
+            logits = (
+                net.decode(x[:, t : t + 1], pos, [kv[..., : t + 1, :] for kv in sliced]),
+                net.decode(x[:, t : t + 1], pos, static, (positions <= pos)[None]),
+            )
             assert max((found - whole[:, t]).abs().max() for found in logits) < tolerance
     cache = net.new_cache(2, 12)
     prefill(net, x[:, :5], cache)
@@ -787,13 +920,15 @@ def test_a_row_is_its_own(dtype):
     net = GPT(GPTConfig(block_size=20, vocab_size=96, n_layer=2, n_head=2, n_embd=64))
     net.for_sampling('cpu', dtype)
     draws, x = torch.rand(33, 24, generator=torch.Generator().manual_seed(0)), tokens(1, 5)
+
     def rows(n, first=0, x=x, **how):
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-            return torch.cat([*net.stream(x, 24, top_k=50, draws=draws[first:first + n], **how)], dim=1)
+            return torch.cat([*net.stream(x, 24, top_k=50, draws=draws[first : first + n], **how)], dim=1)
+
     all_rows = rows(33)
     assert len(set(map(tuple, all_rows.tolist()))) == 33
     for n in (1, 3, 16):
-        assert torch.equal(rows(n), all_rows[:n]) and torch.equal(rows(n, 33 - n), all_rows[33 - n:])
+        assert torch.equal(rows(n), all_rows[:n]) and torch.equal(rows(n, 33 - n), all_rows[33 - n :])
     assert torch.equal(rows(7, x=x.expand(7, -1), static=True), all_rows[:7])
     net = copy.deepcopy(net)
     assert torch.equal(rows(3), all_rows[:3])
@@ -807,16 +942,20 @@ def test_generate_packs(monkeypatch):
     packings, pack = [], GPT.for_sampling
     monkeypatch.setattr(GPT, 'for_sampling', lambda net, *how: packings.append(how) or pack(net, *how))
     x, draws = tokens(2, 5), torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
+
     def text(net):
         return net.generate(x, 6, draws=draws).tolist()
+
     net = tiny()[0]
     names, want = [*net.state_dict()], torch.cat([x, *net.stream(x, 6, draws=draws)], 1).tolist()
     assert text(net) == text(net) == want and packings == [('cpu', torch.float32)]
     assert text(net.train()) == want and len(packings) == 1  # without dropout the same
     net.eval()
-    for change in (lambda p: p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1))),
-                   lambda p: setattr(p, 'data', p.data.roll(1, 0)),
-                   lambda p: net.load_state_dict(tiny()[0].state_dict())):
+    for change in (
+        lambda p: p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1))),
+        lambda p: setattr(p, 'data', p.data.roll(1, 0)),
+        lambda p: net.load_state_dict(tiny()[0].state_dict()),
+    ):
         with torch.no_grad():
             change(net.lm_head.weight)
         fresh = copy.deepcopy(net)
@@ -877,19 +1016,28 @@ def test_greedy_is_the_plain_loop(prompt):
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[2.0, -1.0, 0.5, 1.0, -30.0]])
     u = (torch.arange(20000) + 0.5)[:, None] / 20000
+
     def shares(**how):
         ids = sample_next_token(logits.expand(20000, -1), u, **how)
         return torch.bincount(ids[:, 0], minlength=5) / 20000
+
     def close(found, want):
         torch.testing.assert_close(found, want, atol=2e-4, rtol=0)
+
     for t in (1.0, 0.5, 2.0):
         close(shares(temperature=t), (logits[0] / t).softmax(-1))
     top2 = logits[0].softmax(-1) * torch.tensor([1, 0, 0, 1, 0])
     close(shares(top_k=2), top2 / top2.sum())
     # probabilities 0.60, 0.22, 0.13, 0.03: 0.7 is reached by two tokens, 0.5 by one, and never by none
     close(shares(top_p=0.7), top2 / top2.sum())
-    for how in (dict(top_p=0.5), dict(top_p=1e-6), dict(top_k=1), dict(temperature=1e-30),
-                dict(temperature=1e-300), dict(temperature=0)):
+    for how in (
+        dict(top_p=0.5),
+        dict(top_p=1e-6),
+        dict(top_k=1),
+        dict(temperature=1e-30),
+        dict(temperature=1e-300),
+        dict(temperature=0),
+    ):
         assert shares(**how)[0] == 1, how
     close(shares(top_k=0), shares(top_k=99))
     assert torch.equal(shares(top_p=1.0), shares())
@@ -905,6 +1053,7 @@ def test_padded_ids_are_never_sampled():
 
 # -----------------------------------------------------------------------------
 # Optimizers
+
 
 def test_optimizer_groups():
     net, p, _ = tiny()
@@ -930,8 +1079,12 @@ def test_muon_groups():
     net, muon, names = with_muon()
     groups = [[names[q] for q in group['params']] for group in muon.param_groups]
     assert sorted(sum(groups, [])) == sorted(names.values())
-    kinds = [lambda n: n.endswith('c_attn.weight'), lambda n: n.endswith(('c_proj.weight', 'c_fc.weight')),
-             lambda n: n.endswith(('wte.weight', 'wpe.weight')), lambda n: n.endswith('bias') or '.ln_' in n]
+    kinds = [
+        lambda n: n.endswith('c_attn.weight'),
+        lambda n: n.endswith(('c_proj.weight', 'c_fc.weight')),
+        lambda n: n.endswith(('wte.weight', 'wpe.weight')),
+        lambda n: n.endswith('bias') or '.ln_' in n,
+    ]
     assert all(group and all(map(kind, group)) for group, kind in zip(groups, kinds, strict=True))
     settings = [(group.get('parts', 0), group['weight_decay']) for group in muon.param_groups]
     assert settings == [(3, 0.1), (1, 0.1), (0, 0.1), (0, 0.0)]
@@ -943,11 +1096,14 @@ def test_muon_is_orthogonal(dtype):
     is conditioned or scaled.
     """
     g = torch.Generator().manual_seed(0)
+
     def orthogonal(x):
         return ours.Muon.orthogonal(x.to(dtype)).double()
+
     def matrix(n, m, values):
         u, v = (torch.linalg.qr(torch.randn(k, n, generator=g, dtype=torch.float64))[0] for k in (n, m))
         return u @ torch.diag(values) @ v.T, u @ v.T
+
     for n, m, least in ((64, 64, 1e-2), (64, 256, 1e-2), (1, 7, 1.0)):
         for scale in (1e-12, 1.0, 1e12):
             values = torch.logspace(0, math.log10(least), n, dtype=torch.float64) * scale
@@ -985,9 +1141,9 @@ def test_muon_steps(monkeypatch):
             factors = []
             for part in (0.95 * momentum[name] + 0.05 * grad).chunk(3 if 'c_attn' in name else 1):
                 u, s, v = torch.linalg.svd(part, full_matrices=False)
-                s = s / (s ** 4).sum() ** 0.25
+                s = s / (s**4).sum() ** 0.25
                 for a, b, c in muon.QUINTICS:  # not quite 1 afterwards, and 0 where s was
-                    s = a * s + b * s ** 3 + c * s ** 5
+                    s = a * s + b * s**3 + c * s**5
                 factors.append(0.2 * math.sqrt(max(part.shape)) * u * s @ v)
             p[name].data = ((1 - 1e-2 * 0.1) * p[name] - 1e-2 * torch.cat(factors)).detach().float()
     for q, name in names.items():
@@ -1009,7 +1165,7 @@ def test_muon_under_float16():
         scaler.step(muon)
         scaler.update()
         assert all(torch.equal(q, before[name]) for name, q in net.named_parameters()) == bad
-        assert scaler.get_scale() == 2 ** 15
+        assert scaler.get_scale() == 2**15
 
 
 def test_activation_checkpointing():
@@ -1056,6 +1212,7 @@ def test_devices(monkeypatch):
 
 # -----------------------------------------------------------------------------
 # Checkpoints and tokenizers
+
 
 class Bomb:
     def __init__(self, path):
@@ -1169,6 +1326,7 @@ def test_optimizers_as_of_pytorch():
         loss = net(x, x)[1] + more.sum()
         loss.backward()
         return loss
+
     losses = [optim.step(closure).item() for _ in range(5)]
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[4] + 0.01 and more.max() < 1
 
@@ -1195,11 +1353,13 @@ def test_damaged_checkpoints(tmp_path):
     with pytest.raises(ValueError, match='cannot read .*ckpt.pt, damaged') as error:
         GPT.from_checkpoint(path)
     assert '\n' not in str(error.value)
-    for content, words in ((net.state_dict(), "ckpt.pt, damaged or .* it lacks 'model'"),
-                           ({**good, 'model_args': {**args, 'n_head': 3}}, 'n_embd 16 is not divisible'),
-                           ({**good, 'model_args': {**args, 'rope': True}}, 'rope'),
-                           ({**good, 'model_args': {**args, 'n_layer': 4}}, 'does not fit this model.py'),
-                           ({**good, 'model': {**good['model'], 'lm_head.weight': 7}}, 'has no attribute')):
+    for content, words in (
+        (net.state_dict(), "ckpt.pt, damaged or .* it lacks 'model'"),
+        ({**good, 'model_args': {**args, 'n_head': 3}}, 'n_embd 16 is not divisible'),
+        ({**good, 'model_args': {**args, 'rope': True}}, 'rope'),
+        ({**good, 'model_args': {**args, 'n_layer': 4}}, 'does not fit this model.py'),
+        ({**good, 'model': {**good['model'], 'lm_head.weight': 7}}, 'has no attribute'),
+    ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=words) as error:
             GPT.from_checkpoint(path)
@@ -1211,8 +1371,11 @@ def test_damaged_checkpoints(tmp_path):
 def test_tokenizers(tmp_path, bpe):
     """Each kind reads back what it has written, and knows the ids that begin and end a text."""
     text = 'naïve — 日本\n'
-    meta = {'vocab_size': 11, 'stoi': {c: i for i, c in enumerate(sorted(set(text)))},
-            'itos': dict(enumerate(sorted(set(text))))}
+    meta = {
+        'vocab_size': 11,
+        'stoi': {c: i for i, c in enumerate(sorted(set(text)))},
+        'itos': dict(enumerate(sorted(set(text)))),
+    }
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
     char = Tokenizer(read_tokenizer_spec(tmp_path))
     assert char.decode(char.encode(text)) == text and char.decode([char.bos]) == '\n'
@@ -1241,8 +1404,11 @@ def test_reads_like():
     abc, trained = char_tokenizer('abc\n'), train_bpe(['abc abc'], 260)
     assert abc.reads_like(char_tokenizer('abc\n')) and trained.reads_like(Tokenizer(trained.spec))
     others = [char_tokenizer(alphabet) for alphabet in ('acb\n', 'abc', 'abc\nd')]
-    for one, other in [*((abc, other) for other in others), (abc, trained),
-                       (trained, train_bpe(['abd abd'], 260))]:
+    for one, other in [
+        *((abc, other) for other in others),
+        (abc, trained),
+        (trained, train_bpe(['abd abd'], 260)),
+    ]:
         assert not one.reads_like(other) and not other.reads_like(one)
 
 

@@ -2,6 +2,7 @@
 Every command and every snippet of README.md and README.zh-CN.md: its files exist, its keys are real, and what
 needs neither network nor GPUs nor a package of its own is run, shortened.
 """
+
 import ast
 import re
 import shlex
@@ -17,8 +18,9 @@ NOT_RUN = {
     r'-m pytest': 'these tests themselves',
     r'prepare.py --files|wiki[-_]zh': 'the data of its user: tests/test_data.py runs them on its own',
     r'openwebtext/prepare.py': 'network',
-    r'finetune_shakespeare|out-shakespeare$|out-mybook|gpt2-xl|eval_gpt2|wikitext':
-        "network: GPT-2's weights, WikiText; tests/test_export.py has the latter's config",
+    r'finetune_shakespeare|out-shakespeare$|out-mybook|gpt2-xl|eval_gpt2|wikitext': (
+        "network: GPT-2's weights, WikiText; tests/test_export.py has the latter's config"
+    ),
     r'--nproc_per_node=8': 'eight GPUs',
 }
 # Added at the end, where it wins: seconds instead of hours, and a data set that is always here
@@ -53,11 +55,12 @@ def parse(command):
     stdin = ' '.join(shlex.split(before)[1:]) + '\n' if bar else ''
     ranks = next((int(word.split('=')[1]) for word in words if word.startswith('--nproc_per_node')), 0)
     at = next((i for i, word in enumerate(words) if word.endswith('.py')), None)
-    return None if at is None else (stdin, ranks, words[at], words[at + 1:])
+    return None if at is None else (stdin, ranks, words[at], words[at + 1 :])
 
 
-@pytest.mark.parametrize('command', dict.fromkeys(
-    command for page in PAGES for command in commands(page) if parse(command)))
+@pytest.mark.parametrize(
+    'command', dict.fromkeys(command for page in PAGES for command in commands(page) if parse(command))
+)
 def test_keys(monkeypatch, command):
     _, _, script, arguments = parse(command)
     assert command.startswith(('python ', 'torchrun ', 'echo ')) and (ROOT / script).is_file()
@@ -91,9 +94,17 @@ def test_commands_run(run, house, with_text, bpe):
     assert 'data/python_char/prepare.py' in done
     ran = 0
     for snippet in blocks('python'):  # in the same folder, where the commands have trained and exported
-        imported = [name for node in ast.walk(ast.parse(snippet)) for name in (
-            [node.module] if isinstance(node, ast.ImportFrom) else
-            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])]
+        imported = [
+            name
+            for node in ast.walk(ast.parse(snippet))
+            for name in (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+        ]
         packages = [name.split('.')[0] for name in imported]
         if 'torch.onnx' in snippet:
             packages.append('onnxscript')
@@ -111,17 +122,25 @@ def test_pages_agree():
     assert commands('README.md') == commands('README.zh-CN.md')
     assert blocks('python') == blocks('python', 'README.zh-CN.md')
     number = r'\d+(?:[.,]\d+)*'
-    tables = [[(line.count('|'), sorted(re.findall(number, line)))
-               for line in page.splitlines() if line.startswith('|')] for page in (english, chinese)]
+    tables = [
+        [
+            (line.count('|'), sorted(re.findall(number, line)))
+            for line in page.splitlines()
+            if line.startswith('|')
+        ]
+        for page in (english, chinese)
+    ]
     assert tables[0] == tables[1]
     assert set(re.findall(number, english)) == set(re.findall(number, chinese))
 
 
 def test_line_count():
-    """The first figure of the first table is what wc -l says of the four scripts."""
-    lines = sum((ROOT / name).read_text(encoding='utf-8').count('\n')
-                for name in ('model.py', 'train.py', 'sample.py', 'configurator.py'))
-    assert f'| lines in the four scripts | 802 | {lines:,} |' in PAGES['README.md']
+    """The first figure of the first table counts the lines of the four scripts."""
+    lines = sum(
+        (ROOT / name).read_text(encoding='utf-8').count('\n')
+        for name in ('model.py', 'train.py', 'sample.py', 'configurator.py')
+    )
+    assert f'| lines in the four scripts | 845 | {lines:,} |' in PAGES['README.md']
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -130,6 +149,8 @@ def test_links(page):
     text = PAGES[page]
     assert not re.search(r'@[A-Z_]+@', text)
     links = re.findall(r'\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)', text)
-    headings = {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')  # as GitHub names them
-                for heading in re.findall(r'^##+ (.*)$', text, re.M)}
+    headings = {
+        re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')  # as GitHub names them
+        for heading in re.findall(r'^##+ (.*)$', text, re.M)
+    }
     assert links and all((ROOT / link).exists() if link else anchor in headings for link, anchor in links)

@@ -1,4 +1,5 @@
 """sample.py: what it prints, and what decides it."""
+
 import io
 import os
 import re
@@ -35,8 +36,16 @@ def trained(house, tmp_path_factory):
         optim.zero_grad()
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'out').mkdir()
-    torch.save({'model': net.state_dict(), 'model_args': vars(net.config), 'iter_num': 60,
-                'config': {'dataset': 'tiny'}, 'tokenizer': spec}, folder / 'out' / 'ckpt.pt')
+    torch.save(
+        {
+            'model': net.state_dict(),
+            'model_args': vars(net.config),
+            'iter_num': 60,
+            'config': {'dataset': 'tiny'},
+            'tokenizer': spec,
+        },
+        folder / 'out' / 'ckpt.pt',
+    )
     return folder
 
 
@@ -50,6 +59,7 @@ def sample(house, trained, monkeypatch, capsys):
     """sample('--key=value', …) runs sample.py in this process, which starts no other, in the folder
     `trained`; returns its texts. sample.out and sample.err are what it has written.
     """
+
     def sample(*arguments, script='sample.py', stdin='', cwd=trained):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the configurator has one
@@ -58,6 +68,7 @@ def sample(house, trained, monkeypatch, capsys):
         runpy.run_path(str(house / script), run_name='__main__')
         sample.out, sample.err = capsys.readouterr()
         return texts(sample.out)
+
     return sample
 
 
@@ -103,8 +114,16 @@ def test_memory_splits_the_batch(sample, house):
 def test_alphabet_without_a_newline(run, tmp_path):
     """The command that train.py prints has the default prompt, a newline: such a model starts from id 0."""
     net = GPT(GPTConfig(16, 3, 1, 1, 8))
-    torch.save({'model': net.state_dict(), 'model_args': vars(net.config), 'iter_num': 1, 'config': {},
-                'tokenizer': char_tokenizer('abc').spec}, tmp_path / 'ckpt.pt')
+    torch.save(
+        {
+            'model': net.state_dict(),
+            'model_args': vars(net.config),
+            'iter_num': 1,
+            'config': {},
+            'tokenizer': char_tokenizer('abc').spec,
+        },
+        tmp_path / 'ckpt.pt',
+    )
     how = ['--out_dir=.', *MACHINE, '--num_samples=1', '--max_new_tokens=9']
     assert re.fullmatch(r'\n[abc]{9}\n-+\n', run('sample.py', *how).stdout)
     assert "does not know the character '\\n'" in run('sample.py', *how, '--start=a\nb', status=1)
@@ -145,10 +164,12 @@ def test_stream(sample, monkeypatch):
     pieces, write = [], io.TextIOWrapper.write
     for stream in ('True', 'False'):
         seen = []
+
         class Stdout(io.TextIOWrapper):
             def write(self, text, seen=seen):
                 seen.append(text)
                 return write(self, text)
+
         monkeypatch.setattr(sys, 'stdout', Stdout(io.BytesIO(), encoding='utf-8'))
         with pytest.raises(AssertionError):  # nothing reached the stdout that is captured
             sample('--num_samples=2', '--max_new_tokens=9', '--start=the ', f'--stream={stream}')
@@ -188,8 +209,10 @@ def test_last_checkpoint(sample, trained, tmp_path, monkeypatch):
     last.write_bytes((trained / 'out' / 'ckpt.pt').read_bytes())
     how = ['--num_samples=1', '--max_new_tokens=20']
     text = sample(*how)
+
     def line():
         return sample.err.splitlines()[0]
+
     assert line() == 'out/ckpt.pt: weights of iteration 60'
     assert sample(*how, cwd=tmp_path) == text
     assert line() == 'out/last.pt: weights of iteration 60' and 'newer' not in sample.err
@@ -209,8 +232,15 @@ def test_nobody_reads(start, trained, tmp_path):
     """python sample.py … | head: it ends, and says no word about that."""
     errors = tmp_path / 'errors'
     errors.write_text('')
-    process = start(*MACHINE, f'--out_dir={trained / "out"}', '--num_samples=1',
-                    '--max_new_tokens=100000', '--stream=True', script='sample.py', stderr=errors)
+    process = start(
+        *MACHINE,
+        f'--out_dir={trained / "out"}',
+        '--num_samples=1',
+        '--max_new_tokens=100000',
+        '--stream=True',
+        script='sample.py',
+        stderr=errors,
+    )
     assert process.stdout.read(10)
     process.stdout.close()
     assert process.wait(60) == 1
@@ -227,7 +257,7 @@ def test_full_disk_and_memory(run, start, trained, tmp_path):
     process = start(*how, script='sample.py', stdout='/dev/full', stderr=errors, real=True)
     assert process.wait(60) == 1
     assert errors.read_text().splitlines()[1:] == ['cannot write the text: No space left on device']
-    words = run('sample.py', *how, f'--max_new_tokens={10 ** 14}', status=1)  # 400 TB: beyond any address
+    words = run('sample.py', *how, f'--max_new_tokens={10**14}', status=1)  # 400 TB: beyond any address
     assert words == f'out of memory on {DEVICE}: fewer --num_samples or --max_new_tokens\n'
 
 
@@ -250,7 +280,7 @@ def test_console_without_a_character(sample, trained, tmp_path, monkeypatch):
     (tmp_path / 'out').mkdir()
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
     how = ['--start=the 日uick ', '--num_samples=1', '--max_new_tokens=20', '--temperature=0']
-    want, = sample(*how, cwd=tmp_path)
+    (want,) = sample(*how, cwd=tmp_path)
     console = io.TextIOWrapper(io.BytesIO(), encoding='cp437')
     monkeypatch.setattr(sys, 'stdout', console)
     with pytest.raises(AssertionError):  # nothing reached the stdout that is captured
@@ -264,11 +294,13 @@ def test_whole_characters(sample, tmp_path):
     torch.manual_seed(0)
     net = GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=1, n_embd=8))
     (tmp_path / 'out').mkdir()
-    torch.save({'model': net.state_dict(), 'model_args': vars(net.config),
-                'tokenizer': train_bpe([], 257).spec}, tmp_path / 'out' / 'ckpt.pt')
+    torch.save(
+        {'model': net.state_dict(), 'model_args': vars(net.config), 'tokenizer': train_bpe([], 257).spec},
+        tmp_path / 'out' / 'ckpt.pt',
+    )
     how = ['--start=日本🦊', '--num_samples=2', '--max_new_tokens=200', '--temperature=1', '--top_k=0']
     plain = sample(*how, cwd=tmp_path)
-    assert any(127 < ord(c) != 0xfffd for text in plain for c in text[3:])  # two bytes made a character
+    assert any(127 < ord(c) != 0xFFFD for text in plain for c in text[3:])  # two bytes made a character
     assert sample(*how, '--stream=True', cwd=tmp_path) == plain
 
 
@@ -286,13 +318,24 @@ def test_one_graph(run, trained, altered):
     """One graph of decode serves all positions, batches and windows, with a cache of 64 positions or a
     multiple: CUDA's attention would pad a mask of another length anew at every step.
     """
-    script = altered(TRACED + """
+    script = altered(
+        TRACED
+        + """
 import model
 new_cache = model.GPT.new_cache
-model.GPT.new_cache = lambda net, *shape: print('cache', *shape) or new_cache(net, *shape)""", 'sample.py')
+model.GPT.new_cache = lambda net, *shape: print('cache', *shape) or new_cache(net, *shape)""",
+        'sample.py',
+    )
     for dtype in ('float32', 'bfloat16'):
-        out = run(script, '--device=cpu', f'--dtype={dtype}', '--num_samples=2', '--max_new_tokens=40',
-                  '--compile=True', cwd=trained).stdout
+        out = run(
+            script,
+            '--device=cpu',
+            f'--dtype={dtype}',
+            '--num_samples=2',
+            '--max_new_tokens=40',
+            '--compile=True',
+            cwd=trained,
+        ).stdout
         assert out.startswith('cache 2 64\na graph\n') and out.count('a graph') == 1 and out.count(END) == 2
 
 
@@ -327,14 +370,26 @@ def test_transformers_folder(sample, tmp_path, bpe):
     <|endoftext|> where nothing is given.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32, initializer_range=1.0)
     theirs = GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / 'gpt2')
     for start in ('Hello, world', ''):
         ids = torch.tensor([bpe.encode(start) or [50256]])
-        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-                               eos_token_id=None, pad_token_id=50256)
-        got = sample(f'--init_from={tmp_path / "gpt2"}', f'--start={start}', '--temperature=0',
-                     '--num_samples=1', '--max_new_tokens=12')
-        assert got == [start + bpe.decode(want[0, ids.size(1):].tolist())]
+        want = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=50256,
+        )
+        got = sample(
+            f'--init_from={tmp_path / "gpt2"}',
+            f'--start={start}',
+            '--temperature=0',
+            '--num_samples=1',
+            '--max_new_tokens=12',
+        )
+        assert got == [start + bpe.decode(want[0, ids.size(1) :].tolist())]

@@ -1,4 +1,5 @@
 """Runs that are killed, stopped, starved and spread over ranks keep their curve and their checkpoint."""
+
 import json
 import os
 import random
@@ -18,8 +19,14 @@ from reference import points, read_wandb_runs
 
 slow = pytest.mark.slow
 posix = pytest.mark.skipif(os.name != 'posix', reason='signals and locks of POSIX systems')
-LONG = [*SMALL, '--max_iters=24', '--eval_interval=12', '--checkpoint_interval=5', '--dropout=0.2',
-        '--gradient_accumulation_steps=4']
+LONG = [
+    *SMALL,
+    '--max_iters=24',
+    '--eval_interval=12',
+    '--checkpoint_interval=5',
+    '--dropout=0.2',
+    '--gradient_accumulation_steps=4',
+]
 
 
 def load(folder, name='ckpt.pt'):
@@ -63,6 +70,7 @@ def assert_close(a, b):
 # -----------------------------------------------------------------------------
 # the curve
 
+
 @posix
 @pytest.mark.parametrize('dtype', [pytest.param('float32', marks=slow), 'float16'])
 def test_killed_and_resumed(run, start, tmp_path, dtype):
@@ -86,8 +94,16 @@ def test_number_of_ranks(run, tmp_path):
     """One process, two ranks and four follow one curve: epochs, dropout, evaluations whose batches do not
     divide, and one of all of val.bin in order. So does a run that changes their number on the way.
     """
-    how = [*SMALL, '--gradient_accumulation_steps=4', '--dropout=0.2', '--sampler=epoch', '--eval_iters=3',
-           '--max_iters=25', '--eval_interval=10', '--learning_rate=1e-3']
+    how = [
+        *SMALL,
+        '--gradient_accumulation_steps=4',
+        '--dropout=0.2',
+        '--sampler=epoch',
+        '--eval_iters=3',
+        '--max_iters=25',
+        '--eval_interval=10',
+        '--learning_rate=1e-3',
+    ]
     more = ['--init_from=resume', *MACHINE, '--eval_iters=None', '--max_iters=40']
     run('train.py', *how, '--out_dir=one')
     out = run('train.py', *how, '--out_dir=two', ranks=2).stdout
@@ -110,8 +126,10 @@ def test_float16_on_four_ranks(run, altered, tmp_path):
     """Gradients overflow at the same scale of the GradScaler whatever the number of ranks: one curve, but for
     float16's rounding.
     """
-    script = altered("import functools, torch\ntorch.amp.GradScaler = functools.partial("
-                     "torch.amp.GradScaler, init_scale=2.0 ** 22)")
+    script = altered(
+        "import functools, torch\ntorch.amp.GradScaler = functools.partial("
+        "torch.amp.GradScaler, init_scale=2.0 ** 22)"
+    )
     how = [*SMALL, '--gradient_accumulation_steps=4', '--dtype=float16', '--max_iters=4']
     losses = []
     for out_dir, ranks in (('one', 0), ('four', 4)):
@@ -123,6 +141,7 @@ def test_float16_on_four_ranks(run, altered, tmp_path):
 # -----------------------------------------------------------------------------
 # kills and stops
 
+
 @posix
 @slow
 def test_kills(run, start, tmp_path, request):
@@ -131,8 +150,17 @@ def test_kills(run, start, tmp_path, request):
     """
     # large for its 4 tokens an iteration, so that nearly all of the time goes into saving
     kills = request.config.getoption('--kills')
-    how = [*SMALL, '--n_embd=192', '--n_layer=3', '--batch_size=1', '--block_size=4', '--eval_interval=1000',
-           '--gradient_accumulation_steps=1', '--checkpoint_interval=1', '--init_from=auto']
+    how = [
+        *SMALL,
+        '--n_embd=192',
+        '--n_layer=3',
+        '--batch_size=1',
+        '--block_size=4',
+        '--eval_interval=1000',
+        '--gradient_accumulation_steps=1',
+        '--checkpoint_interval=1',
+        '--init_from=auto',
+    ]
     delays, out, seen = random.Random(0), tmp_path / 'out', 0
     for _ in range(kills):
         process = start(*how, f'--max_iters={50 * kills}')
@@ -178,8 +206,14 @@ def test_polite_stop(run, start, tmp_path, number):
     assert words[2:4] == ['--init_from=resume', '--out_dir=b b']
     if real:
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env={**os.environ, 'PATH': path},
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env={**os.environ, 'PATH': path},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     else:
         run('train.py', *words[2:])
@@ -212,7 +246,7 @@ def test_polite_stop_of_ranks(run, start, tmp_path):
     assert names(tmp_path / 'out') == {'ckpt.pt', 'metrics.jsonl'}
     run('train.py', *how, f'--max_iters={second}', '--eval_interval=20', '--out_dir=alone')
     alone, lines = metrics(tmp_path / 'alone'), metrics(tmp_path / 'out')
-    assert_close(alone[:len(lines)], lines)
+    assert_close(alone[: len(lines)], lines)
     assert len(lines) >= len(alone) - 1  # nobody has evaluated where the second stop came
     (name, history), (again, more) = read_wandb_runs(tmp_path)
     assert name == again and history and more
@@ -224,8 +258,10 @@ def test_polite_stop_of_ranks(run, start, tmp_path):
 @pytest.mark.parametrize('real', [False, pytest.param(True, marks=slow)])
 def test_second_interrupt_leaves_at_once(start, altered, real):
     """A run that cannot heed the first Ctrl-C, here inside a step that takes a minute, ends at the second."""
-    stuck = altered("import model, time\n"
-                    "model.GPT.forward = lambda *a, **b: print('forward', flush=True) or time.sleep(60)")
+    stuck = altered(
+        "import model, time\n"
+        "model.GPT.forward = lambda *a, **b: print('forward', flush=True) or time.sleep(60)"
+    )
     process = start(*SMALL, script=stuck, real=real)
     wait_for(process, 'forward')
     process.send_signal(signal.SIGINT)
@@ -238,15 +274,27 @@ def test_second_interrupt_leaves_at_once(start, altered, real):
 @posix
 @slow
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
-@pytest.mark.parametrize('module', [
-    'numpy.exceptions', 'numpy.linalg', 'torch._C', 'torch.nn', 'torch.distributed',
-    'torch.utils.checkpoint'])
+@pytest.mark.parametrize(
+    'module',
+    [
+        'numpy.exceptions',
+        'numpy.linalg',
+        'torch._C',
+        'torch.nn',
+        'torch.distributed',
+        'torch.utils.checkpoint',
+    ],
+)
 def test_interrupt_while_importing(start, tmp_path, script, module):
     """Ctrl-C in the seconds before the first line, here once a module has been imported: not a word. What
     train.py leaves behind is at most its empty folder.
     """
-    process = start(*(SMALL if script == 'train.py' else []), script=script, real=True,
-                    env={'PYTHONPROFILEIMPORTTIME': '1'})  # a line when an import is complete
+    process = start(
+        *(SMALL if script == 'train.py' else []),
+        script=script,
+        real=True,
+        env={'PYTHONPROFILEIMPORTTIME': '1'},
+    )  # a line when an import is complete
     for line in process.stdout:
         if line.split('|')[-1].strip() == module:
             break
@@ -310,6 +358,7 @@ def test_rank_that_dies(start, tmp_path):
 # -----------------------------------------------------------------------------
 # what stands in the folder
 
+
 def test_best_and_last(run, start, tmp_path):
     """always_save_checkpoint=False: ckpt.pt stays the best model, last.pt is the newest state while that is
     another one, resume takes the newer and says which, and sample.py reads the best. A new run in the folder
@@ -372,11 +421,11 @@ def test_torn_metrics(run, tmp_path):
     run('train.py', '--init_from=resume', '--max_iters=7', *MACHINE)
     assert path.read_bytes()[:size] == whole[:size]
     assert metrics(tmp_path / 'out') == metrics(tmp_path / 'alone')
-    cut = whole[:size // 2]
+    cut = whole[: size // 2]
     assert not cut.endswith(b'\n')
     path.write_bytes(cut)  # by somebody, in the middle of a line
     run('train.py', '--init_from=resume', '--max_iters=8', *MACHINE)
-    again = path.read_bytes().removeprefix(cut[:cut.rfind(b'\n') + 1])
+    again = path.read_bytes().removeprefix(cut[: cut.rfind(b'\n') + 1])
     assert again.startswith(b'{"kind": "train", "iter": 7, ') or b'"iter": 7, ' in again.splitlines()[1]
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -423,8 +472,10 @@ def test_old_checkpoint_until_the_new_one(start, altered, run, tmp_path):
     """
     run('train.py', *SMALL)
     old = contents(tmp_path / 'out')
-    slow = altered("import os, time\nfsync = os.fsync\n"
-                   "os.fsync = lambda *a: print('fsync', flush=True) or time.sleep(60)")
+    slow = altered(
+        "import os, time\nfsync = os.fsync\n"
+        "os.fsync = lambda *a: print('fsync', flush=True) or time.sleep(60)"
+    )
     for signals in ([signal.SIGKILL], [signal.SIGINT, signal.SIGINT]):
         process = start(*SMALL, '--seed=1', script=slow, real=True)
         wait_for(process, 'fsync')
@@ -451,12 +502,19 @@ def test_no_links(run, altered, tmp_path):
 # -----------------------------------------------------------------------------
 # guards
 
+
 def test_loss_that_is_not_finite(run, tmp_path):
     """One line where it is seen: in the log or before a save. The good checkpoint stays."""
     run('train.py', *SMALL)
     good = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
-    how = ['--init_from=resume', *MACHINE, '--learning_rate=1e38', '--min_lr=1e38', '--max_iters=60',
-           '--eval_interval=50']
+    how = [
+        '--init_from=resume',
+        *MACHINE,
+        '--learning_rate=1e38',
+        '--min_lr=1e38',
+        '--max_iters=60',
+        '--eval_interval=50',
+    ]
     words = run('train.py', *how, '--log_interval=40', status=1)
     assert words.startswith('iteration 40: the loss is not finite. Go on from the last')
     words = run('train.py', *how, '--log_interval=1', status=1)
@@ -487,8 +545,13 @@ def poisoned(self, *arguments, **how):
 
 model.GPT.forward = poisoned
 ''')
-    how = [*SMALL, '--gradient_accumulation_steps=4', '--eval_interval=50', '--checkpoint_interval=6',
-           '--max_iters=20']
+    how = [
+        *SMALL,
+        '--gradient_accumulation_steps=4',
+        '--eval_interval=50',
+        '--checkpoint_interval=6',
+        '--max_iters=20',
+    ]
     words = run(poisoned, *how, '--log_interval=50', status=1, ranks=2)
     assert words.count('exploded') == 1 and 'iteration 6: the loss has exploded' in words
     words = run(poisoned, *how, '--out_dir=new', status=1, ranks=2)
@@ -501,11 +564,11 @@ def test_float16_overflow_is_the_scalers(run, tmp_path):
     """A loss scale that is too large skips steps and shrinks: it neither stops the run nor moves a weight."""
     run('train.py', *SMALL, '--dtype=float16', '--max_iters=2')
     saved = load(tmp_path / 'out')
-    saved['scaler']['scale'] = 2.0 ** 40
+    saved['scaler']['scale'] = 2.0**40
     torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
     run('train.py', *SMALL, '--dtype=float16', '--init_from=resume', '--max_iters=4')
     after = load(tmp_path / 'out')
-    assert after['scaler']['scale'] == 2.0 ** 38 and after['iter_num'] == 4
+    assert after['scaler']['scale'] == 2.0**38 and after['iter_num'] == 4
     assert all(torch.equal(p, after['model'][name]) for name, p in saved['model'].items())
 
 
@@ -526,8 +589,11 @@ def test_out_dir_that_cannot_be_written(run, tmp_path):
     (tmp_path / 'file').write_text('')
     (tmp_path / 'read-only').mkdir(mode=0o555)
     forbidden = 'read-only/new' if os.getuid() else '/proc/read-only'  # root may write to the first
-    for out_dir, reason in (('file', 'File exists'), ('file/below', 'Not a directory'),
-                            (forbidden, 'Permission denied' if os.getuid() else 'No such file or directory')):
+    for out_dir, reason in (
+        ('file', 'File exists'),
+        ('file/below', 'Not a directory'),
+        (forbidden, 'Permission denied' if os.getuid() else 'No such file or directory'),
+    ):
         assert run('train.py', *SMALL, f'--out_dir={out_dir}', status=1) == f'{out_dir}: {reason}\n'
 
 

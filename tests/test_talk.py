@@ -1,4 +1,5 @@
 """What a run says: to a person at a terminal, to a file, and to Weights & Biases."""
+
 import json
 import math
 import os
@@ -21,8 +22,11 @@ from model import GPT
 
 slow = pytest.mark.slow
 posix = pytest.mark.skipif(os.name != 'posix', reason="pipes and pseudo-terminals are POSIX's")
-ITER = re.compile(r'^iter (\d+): loss [\d.]+, time ([\d.]+)ms, mfu n/a, ([\d,]+) tok/s, '
-                  r'(\d+):(\d\d):(\d\d) left, ([\d.]+) GB$', re.M)
+ITER = re.compile(
+    r'^iter (\d+): loss [\d.]+, time ([\d.]+)ms, mfu n/a, ([\d,]+) tok/s, '
+    r'(\d+):(\d\d):(\d\d) left, ([\d.]+) GB$',
+    re.M,
+)
 
 
 def test_before_and_after(run, house, tmp_path):
@@ -34,7 +38,8 @@ def test_before_and_after(run, house, tmp_path):
         "tokens per iteration will be: 128\n"
         f"a new model: 0.03M parameters, vocabulary 40; {PLACE}\n"
         f"data/tiny: {train:,} tokens to train on, {20 * 128 / train:.2f} epochs in 20 iterations; "
-        f"{val:,} to validate on\n")
+        f"{val:,} to validate on\n"
+    )
     found = ITER.findall(rest)
     assert [int(i) for i, *_ in found] == list(range(20))
     for _, ms, speed, *_, memory in found:
@@ -49,8 +54,9 @@ def test_before_and_after(run, house, tmp_path):
 
 @posix
 @slow
-@pytest.mark.parametrize('encoding, name', [
-    ('ascii', 'out-中文-🦊'), ('utf-8', os.fsdecode(b'out-\xff')), ('latin-1', 'out-中文')])
+@pytest.mark.parametrize(
+    'encoding, name', [('ascii', 'out-中文-🦊'), ('utf-8', os.fsdecode(b'out-\xff')), ('latin-1', 'out-中文')]
+)
 def test_console_without_a_character(run, tmp_path, encoding, name):
     """A console that cannot show out_dir shows '?' there. The run ended in a traceback, a new one in an old
     folder while it was saving.
@@ -93,12 +99,16 @@ WARM = 'the run never leaves its warm-up: warmup_iters {}, max_iters {}\n'
 DECAYED = 'lr_decay_iters {} is before max_iters {}: the rest runs at min_lr\n'
 
 
-@pytest.mark.parametrize('keys, line', [
-    (dict(warmup_iters=3, max_iters=3), WARM.format(3, 3)),
-    (dict(warmup_iters=2000, max_iters=2, lr_decay_iters=1), WARM.format(2000, 2)),
-    (dict(lr_decay_iters=2, max_iters=3), DECAYED.format(2, 3)),
-    (dict(warmup_iters=2, max_iters=3, lr_decay_iters=3), None),
-    (dict(warmup_iters=3, max_iters=3, lr_decay_iters=2, decay_lr=False), None)])
+@pytest.mark.parametrize(
+    'keys, line',
+    [
+        (dict(warmup_iters=3, max_iters=3), WARM.format(3, 3)),
+        (dict(warmup_iters=2000, max_iters=2, lr_decay_iters=1), WARM.format(2000, 2)),
+        (dict(lr_decay_iters=2, max_iters=3), DECAYED.format(2, 3)),
+        (dict(warmup_iters=2, max_iters=3, lr_decay_iters=3), None),
+        (dict(warmup_iters=3, max_iters=3, lr_decay_iters=2, decay_lr=False), None),
+    ],
+)
 def test_odd_schedules(run, keys, line):
     """A schedule that does not fit the run's length is a line before the training starts; others are not."""
     out = run('train.py', *SMALL, *(f'--{key}={value}' for key, value in keys.items())).stdout
@@ -171,11 +181,21 @@ def test_best_is_not_the_last(run):
     """Where ckpt.pt is not the best model that was saved, the last line says so. A new run's evaluation
     before its first step does not count: that model is in no file.
     """
-    worse = [*SMALL, '--max_iters=4', '--eval_interval=2', '--learning_rate=1.0', '--grad_clip=0.0',
-             '--decay_lr=False']
-    for keep, says in ((True, 'best val loss {}; out/ckpt.pt is the last, of {}: '
-                              'always_save_checkpoint=False keeps the best\n'),
-                       (False, 'best val loss {}\n')):
+    worse = [
+        *SMALL,
+        '--max_iters=4',
+        '--eval_interval=2',
+        '--learning_rate=1.0',
+        '--grad_clip=0.0',
+        '--decay_lr=False',
+    ]
+    for keep, says in (
+        (
+            True,
+            'best val loss {}; out/ckpt.pt is the last, of {}: always_save_checkpoint=False keeps the best\n',
+        ),
+        (False, 'best val loss {}\n'),
+    ):
         out = run('train.py', *worse, f'--always_save_checkpoint={keep}').stdout
         before, *losses = re.findall(r'val loss ([\d.]+)$', out, re.M)[:3]
         assert float(before) < float(losses[0]) < float(losses[1]) and says.format(*losses) in out
@@ -193,14 +213,15 @@ def on_screen(written):
         elif piece == '\x1b[A':
             row -= 1
         else:
-            lines[row] = lines[row].ljust(column)[:column] + piece + lines[row][column + len(piece):]
+            lines[row] = lines[row].ljust(column)[:column] + piece + lines[row][column + len(piece) :]
             column += len(piece)
     return '\n'.join(line.rstrip() for line in lines)
 
 
 @posix
-@pytest.mark.parametrize('how', (pytest.param('terminal', marks=slow), pytest.param('pipe', marks=slow),
-                                 'lines to a pipe'))
+@pytest.mark.parametrize(
+    'how', (pytest.param('terminal', marks=slow), pytest.param('pipe', marks=slow), 'lines to a pipe')
+)
 def test_progress_bar(start, tmp_path, how):
     """At a terminal a bar stands under the same lines that a pipe gets alone. With stdout elsewhere the
     terminal has the bar only.
@@ -209,13 +230,21 @@ def test_progress_bar(start, tmp_path, how):
     import pty
     import struct
     import termios
+
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 30, 120, 0, 0))
     errors = tmp_path / 'errors'
     errors.write_text('')
-    process = start(*SMALL, '--max_iters=40', '--eval_interval=20', '--eval_iters=30', '--log_interval=10',
-                    stdout=theirs if how == 'terminal' else None,
-                    stderr=errors if how == 'pipe' else theirs, real=how == 'terminal')
+    process = start(
+        *SMALL,
+        '--max_iters=40',
+        '--eval_interval=20',
+        '--eval_iters=30',
+        '--log_interval=10',
+        stdout=theirs if how == 'terminal' else None,
+        stderr=errors if how == 'pipe' else theirs,
+        real=how == 'terminal',
+    )
     os.close(theirs)
     seen, out = b'', process.stdout.read()
     if how != 'pipe':
@@ -230,8 +259,15 @@ def test_progress_bar(start, tmp_path, how):
     if how == 'terminal':
         out = on_screen(screen)
     lines = [re.split(r'[:\d]', line)[0] for line in out.splitlines() if line.strip()]
-    assert lines == ['tokens per iteration will be', 'a new model', 'data/tiny',
-                     *2 * ['step ', 'iter ', 'iter '], 'step ', 'best val loss ', 'sample from it'], screen
+    assert lines == [
+        'tokens per iteration will be',
+        'a new model',
+        'data/tiny',
+        *2 * ['step ', 'iter ', 'iter '],
+        'step ',
+        'best val loss ',
+        'sample from it',
+    ], screen
     bars = [int(n) for n in re.findall(r'\r(\d+)/40 [█▏▎▍▌▋▊▉ #\d]{20} ', screen)]
     if how == 'pipe':
         assert '\r' not in out
@@ -267,21 +303,32 @@ def test_whole_validation(run, house, tmp_path):
     tokens = torch.from_numpy(np.fromfile(folder / 'val.bin', dtype='<u2').astype(np.int64))
     total = 0.0
     for i in range(0, len(tokens) - 1, 16):
-        x, y = tokens[i:i + 16][:len(tokens) - 1 - i], tokens[i + 1:i + 17]
+        x, y = tokens[i : i + 16][: len(tokens) - 1 - i], tokens[i + 1 : i + 17]
         logits = model.lm_head(model.hidden(x[None]))[0]
         total += torch.nn.functional.cross_entropy(logits, y, reduction='sum').item()
     for batch_size in (1, 4, 100):
-        out = run('train.py', '--init_from=resume', *MACHINE, '--eval_only=True', '--eval_iters=None',
-                  f'--batch_size={batch_size}').stdout
+        out = run(
+            'train.py',
+            '--init_from=resume',
+            *MACHINE,
+            '--eval_only=True',
+            '--eval_iters=None',
+            f'--batch_size={batch_size}',
+        ).stdout
         assert float(re.search(r'val loss ([\d.]+)', out)[1]) == pytest.approx(total / 92, abs=6e-5)
-        found = re.search(r'^val.bin once through: perplexity ([\d.]+) per token \(92\), '
-                          r'([\d.]+) per word \(31\)$', out, re.M)
+        found = re.search(
+            r'^val.bin once through: perplexity ([\d.]+) per token \(92\), '
+            r'([\d.]+) per word \(31\)$',
+            out,
+            re.M,
+        )
         want = [math.exp(total / 92), math.exp(total / 31)]
         assert [float(p) for p in found.groups()] == pytest.approx(want, rel=2e-3)
 
 
 # -----------------------------------------------------------------------------
 # Weights & Biases, the real one, offline
+
 
 def is_core_of(parent, path):
     """Whether /proc/N/cmdline is that of the wandb process that `parent` has started."""
@@ -317,8 +364,14 @@ def test_kinds_of_metrics(run, altered, tmp_path):
     records = [json.loads(line) for line in lines]
     assert all(list(record)[0] == 'kind' for record in records)
     found = [(record['kind'], record['iter']) for record in records]
-    assert found == [('eval', 0), *(('train', i) for i in range(5)), ('eval', 5), ('train', 5), ('train', 6),
-                     ('eval', 7)]
+    assert found == [
+        ('eval', 0),
+        *(('train', i) for i in range(5)),
+        ('eval', 5),
+        ('train', 5),
+        ('train', 6),
+        ('eval', 7),
+    ]
     for record in records:
         assert ('val/loss' in record) == (record['kind'] == 'eval') == ('loss' not in record)
     logged = [json.loads(line) for line in re.findall('^logged (.*)$', out, re.M)]
@@ -363,11 +416,19 @@ def test_wandb_history(run, start, tmp_path, monkeypatch):
 def test_wandb_dies(start, tmp_path, moment):
     """Its process is killed in mid-run, or before it could finish: one line, and the training goes on."""
     early = moment == 'iter 20:'
-    process = start(*SMALL, f'--max_iters={10 ** 6 if early else 40}', '--eval_interval=1000000',
-                    '--wandb_log=True', env={'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'})
+    process = start(
+        *SMALL,
+        f'--max_iters={10**6 if early else 40}',
+        '--eval_interval=1000000',
+        '--wandb_log=True',
+        env={'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'},
+    )
     out = wait_for(process, moment)
-    cores = [int(path.parent.name) for path in Path('/proc').glob('[0-9]*/cmdline')
-             if is_core_of(process.pid, path)]
+    cores = [
+        int(path.parent.name)
+        for path in Path('/proc').glob('[0-9]*/cmdline')
+        if is_core_of(process.pid, path)
+    ]
     assert cores or not early
     for core in cores:
         with suppress(ProcessLookupError):  # at the end of a run it may have ended by itself
@@ -386,18 +447,28 @@ def test_wandb_dies(start, tmp_path, moment):
     assert early or len((tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()) == 42
 
 
-@pytest.mark.parametrize('module, error', (
-    ("None", 'ModuleNotFoundError: import of wandb halted; None in sys.modules'),  # not installed
-    # like the folder that runs leave, where there is no package
-    ("types.ModuleType('wandb')", "ImportError: cannot import name 'init' from 'wandb' (unknown location)"),
-    ("types.SimpleNamespace(init=lambda **_: 1 / 0, login=lambda **_: True)",
-     'ZeroDivisionError: division by zero')))
+@pytest.mark.parametrize(
+    'module, error',
+    (
+        ("None", 'ModuleNotFoundError: import of wandb halted; None in sys.modules'),  # not installed
+        # like the folder that runs leave, where there is no package
+        (
+            "types.ModuleType('wandb')",
+            "ImportError: cannot import name 'init' from 'wandb' (unknown location)",
+        ),
+        (
+            "types.SimpleNamespace(init=lambda **_: 1 / 0, login=lambda **_: True)",
+            'ZeroDivisionError: division by zero',
+        ),
+    ),
+)
 def test_wandb_absent(run, altered, module, error):
     """Not installed, or broken: one line before training starts."""
     broken = altered(f"import sys, types\nsys.modules['wandb'] = {module}")
     assert run(broken, *SMALL, '--wandb_log=True', status=1) == (
         f'wandb does not start ({error}): `pip install wandb` if that is what it lacks, WANDB_MODE=offline '
-        'without a login or a server; or --wandb_log=False\n')
+        'without a login or a server; or --wandb_log=False\n'
+    )
 
 
 @slow

@@ -1,4 +1,5 @@
 """train.py on tiny data: its figures against tests/reference.py, its files against nanoGPT's."""
+
 import json
 import math
 import pickle
@@ -30,8 +31,8 @@ def windows(house, stream, iteration, micro_step, seed=1337, batch_size=4, block
     data = np.fromfile(house / 'data' / 'tiny' / name, dtype='<u2').astype(np.int64)
     rng = np.random.default_rng((seed, stream, iteration, micro_step))
     starts = rng.integers(len(data) - block_size, size=batch_size)
-    x = torch.stack([torch.from_numpy(data[i:i + block_size]) for i in starts])
-    y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + block_size]) for i in starts])
+    x = torch.stack([torch.from_numpy(data[i : i + block_size]) for i in starts])
+    y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size]) for i in starts])
     return x, y
 
 
@@ -39,12 +40,15 @@ def losses(output):
     """{iteration: (train, val)} of the step lines, {iteration: loss} of the iter lines."""
     steps = re.findall(r'^step (\d+): train loss ([\d.]+), val loss ([\d.]+)$', output, re.M)
     iters = re.findall(r'^iter (\d+): loss ([\d.]+), time [\d.]+ms, mfu (?:n/a|[\d.]+%)', output, re.M)
-    return ({int(i): (float(train), float(val)) for i, train, val in steps},
-            {int(i): float(loss) for i, loss in iters})
+    return (
+        {int(i): (float(train), float(val)) for i, train, val in steps},
+        {int(i): float(loss) for i, loss in iters},
+    )
 
 
 # -----------------------------------------------------------------------------
 # a run, and a run that goes on
+
 
 def test_a_run(run, tmp_path):
     """Exactly max_iters steps; evaluations at 0, at the interval and at the end; nanoGPT's lines and file."""
@@ -103,12 +107,23 @@ def test_the_arithmetic(run, house, tmp_path):
     x, y = windows(house, 2, 0, 0)
     assert abs(GPT.from_checkpoint(tmp_path / 'out')(x, y)[1] - gpt_loss(p, args, x, y)) < 1e-6
 
-    out = run('train.py', *SMALL, '--init_from=resume', '--eval_interval=3', '--max_iters=6',
-              '--warmup_iters=5', '--lr_decay_iters=8', '--learning_rate=1e-3', '--min_lr=1e-4').stdout
+    out = run(
+        'train.py',
+        *SMALL,
+        '--init_from=resume',
+        '--eval_interval=3',
+        '--max_iters=6',
+        '--warmup_iters=5',
+        '--lr_decay_iters=8',
+        '--learning_rate=1e-3',
+        '--min_lr=1e-4',
+    ).stdout
     steps, iters = losses(out)
     with torch.no_grad():
-        val = [sum(gpt_loss(p, args, *windows(house, stream, 0, k)).item() for k in range(2)) / 2
-               for stream in (1, 2)]
+        val = [
+            sum(gpt_loss(p, args, *windows(house, stream, 0, k)).item() for k in range(2)) / 2
+            for stream in (1, 2)
+        ]
     for i, lr in ((3, 1e-3 * 4 / 6), (4, 1e-3 * 5 / 6), (5, 1e-3)):
         want = step(lr, [windows(house, 0, i, m) for m in range(2)])
         assert iters[i] == pytest.approx(want, abs=1.01e-4)
@@ -154,8 +169,16 @@ def test_resume_obeys_the_command_line(run, tmp_path):
     now holds, and the rest is the checkpoint's: the command line's defaults once ran instead.
     """
     run('train.py', *SMALL, '--beta1=0.85', '--sampler=epoch')
-    out = run('train.py', *MACHINE, '--init_from=resume', '--n_embd=64', '--block_size=8',
-              '--weight_decay=0.3', '--beta2=0.9', '--max_iters=7').stdout
+    out = run(
+        'train.py',
+        *MACHINE,
+        '--init_from=resume',
+        '--n_embd=64',
+        '--block_size=8',
+        '--weight_decay=0.3',
+        '--beta2=0.9',
+        '--max_iters=7',
+    ).stdout
     assert 'n_embd is 32, as the weights have it, not 64\n' in out
     assert 'block_size was 16 in the checkpoint, is 8 now\n' in out
     assert 'tokens per iteration will be: 64\n' in out and 'n_layer' not in out
@@ -179,8 +202,16 @@ def test_keys_of_the_machine_are_not_resumed(run, tmp_path):
     """A compiled run of a GPU goes on on a laptop: device, dtype and compile are not the checkpoint's."""
     run('train.py', *SMALL)
     saved = load(tmp_path / 'out')
-    saved['config'].update(device='cuda:7', dtype='bfloat16', compile=True, backend='nccl', eval_only=True,
-                           profile=True, out_dir='elsewhere', init_from='scratch')
+    saved['config'].update(
+        device='cuda:7',
+        dtype='bfloat16',
+        compile=True,
+        backend='nccl',
+        eval_only=True,
+        profile=True,
+        out_dir='elsewhere',
+        init_from='scratch',
+    )
     torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
     out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=6').stdout
     assert f'; {PLACE}\n' in out and 'compile' not in out and 'iter 5:' in out and 'device' not in out
@@ -227,12 +258,21 @@ def test_mixed_precision_on_cpu(run, tmp_path, dtype):
 
 def test_schedule():
     """Linear warm-up, then the shape that lr_schedule names, and no division by zero where the two meet."""
-    scope = {'math': math, 'decay_lr': True, 'learning_rate': 1.0, 'warmup_iters': 9, 'lr_decay_iters': 109,
-             'min_lr': 0.1, 'lr_schedule': 'cosine'}
+    scope = {
+        'math': math,
+        'decay_lr': True,
+        'learning_rate': 1.0,
+        'warmup_iters': 9,
+        'lr_decay_iters': 109,
+        'min_lr': 0.1,
+        'lr_schedule': 'cosine',
+    }
     lr = function('train.py', 'get_lr', scope)
     assert [lr(i) for i in (0, 4, 9, 59, 109, 1000)] == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1, 0.1])
-    for scope['lr_schedule'], there in (('linear', [0.1, 0.775, 0.55, 0.28, 0.1, 0.1]),
-                                        ('wsd', [0.1, 1.0, 1.0, 1.0, 0.1, 0.1])):
+    for scope['lr_schedule'], there in (
+        ('linear', [0.1, 0.775, 0.55, 0.28, 0.1, 0.1]),
+        ('wsd', [0.1, 1.0, 1.0, 1.0, 0.1, 0.1]),
+    ):
         assert [lr(i) for i in (0, 34, 59, 89, 109, 1000)] == pytest.approx(there)
     assert lr(99) == pytest.approx(0.55)
     scope['warmup_iters'] = 109
@@ -244,19 +284,29 @@ def test_schedule():
 # -----------------------------------------------------------------------------
 # other people's weights
 
+
 @slow
 def test_finetune_transformers_folder(run, house, tmp_path, bpe):
     """init_from=FOLDER: the first evaluation is transformers' own loss; it trains on; the result samples."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=50257,
-                                        initializer_range=0.2)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=50257, initializer_range=0.2)
+    ).eval()
     theirs.save_pretrained(tmp_path / 'gpt2')  # without a tokenizer.json: in GPT-2's encoding
-    steps, _ = losses(run('train.py', *SMALL, '--dataset=bare', f'--init_from={tmp_path / "gpt2"}',
-                          '--max_iters=20').stdout)
+    steps, _ = losses(
+        run('train.py', *SMALL, '--dataset=bare', f'--init_from={tmp_path / "gpt2"}', '--max_iters=20').stdout
+    )
     with torch.no_grad():
-        want = [sum(theirs(x, labels=y, shift_labels=y).loss.item()
-                    for x, y in (windows(house, stream, 0, k) for k in range(2))) / 2 for stream in (1, 2)]
+        want = [
+            sum(
+                theirs(x, labels=y, shift_labels=y).loss.item()
+                for x, y in (windows(house, stream, 0, k) for k in range(2))
+            )
+            / 2
+            for stream in (1, 2)
+        ]
     assert steps[0] == pytest.approx(want, abs=1.01e-4) and steps[20][1] < steps[0][1] - 0.3
     saved = load(tmp_path / 'out')
     assert saved['model_args'] == {**SHAPE, 'bias': True, 'vocab_size': 50257, 'activation': 'gelu_tanh'}
@@ -278,8 +328,10 @@ def test_from_a_folder_with_a_checkpoint(run, house, tmp_path, origin):
         args = {**SHAPE, 'vocab_size': Tokenizer(read_tokenizer_spec(house / 'data' / 'tiny')).vocab_size}
         p = random_parameters(args)
         write_nanogpt_checkpoint(tmp_path / 'first' / 'ckpt.pt', p, adamw(p), args, 3, 'tiny')
-        first = tuple(sum(gpt_loss(p, args, *windows(house, stream, 0, k)).item() for k in range(2)) / 2
-                      for stream in (1, 2))
+        first = tuple(
+            sum(gpt_loss(p, args, *windows(house, stream, 0, k)).item() for k in range(2)) / 2
+            for stream in (1, 2)
+        )
     before = (tmp_path / 'first' / 'ckpt.pt').read_bytes()
     out = run('train.py', *SMALL, '--init_from=first', '--n_layer=1', '--max_iters=2').stdout
     steps, iters = losses(out)
@@ -333,14 +385,29 @@ def test_old_optimizer_layout(run, tmp_path):
 # -----------------------------------------------------------------------------
 # the data
 
+
 def test_epoch_of_blocks():
     """sampler=epoch on tokens that are their own positions: each block once an epoch, in another order."""
     data, size = np.arange(1000, dtype='<u2'), 16
     blocks = 1000 // size - 1
-    scope = {'np': np, 'torch': torch, 'seed': 1337, 'rewinds': 0, 'STREAMS': {'train': 0, 'epoch': 4},
-             'train_data': data, 'val_data': data, 'blocks': blocks, 'block_size': size, 'batch_size': 4,
-             'sampler': 'epoch', 'gradient_accumulation_steps': 3, 'eval_iters': 2,
-             'model_args': {'vocab_size': 1000}, 'device_type': 'cpu', 'device': 'cpu'}
+    scope = {
+        'np': np,
+        'torch': torch,
+        'seed': 1337,
+        'rewinds': 0,
+        'STREAMS': {'train': 0, 'epoch': 4},
+        'train_data': data,
+        'val_data': data,
+        'blocks': blocks,
+        'block_size': size,
+        'batch_size': 4,
+        'sampler': 'epoch',
+        'gradient_accumulation_steps': 3,
+        'eval_iters': 2,
+        'model_args': {'vocab_size': 1000},
+        'device_type': 'cpu',
+        'device': 'cpu',
+    }
     function('train.py', 'rng', scope)
     scope['blocks_of_epoch'] = lru_cache(function('train.py', 'blocks_of_epoch', scope))
     get_batch = function('train.py', 'get_batch', scope)
@@ -348,7 +415,7 @@ def test_epoch_of_blocks():
     for X, Y in batches:
         assert torch.equal(X[:, :1] + torch.arange(size), X) and torch.equal(X + 1, Y)
     starts = torch.cat([X[:, 0] for X, _ in batches]).tolist()
-    epochs = [starts[i:i + blocks] for i in range(0, 3 * blocks, blocks)]
+    epochs = [starts[i : i + blocks] for i in range(0, 3 * blocks, blocks)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(min(epoch), min(epoch) + blocks * size, size))
         assert epoch != sorted(epoch) and min(epoch) < 1000 - blocks * size
@@ -382,11 +449,12 @@ def test_epoch_of_a_resumed_run(run, house, altered, tmp_path):
     def draws(*arguments):
         out = run(spying, *arguments, *MACHINE, '--max_iters=25', '--eval_interval=100').stdout
         return [int(start) for line in re.findall('^drew (.*)$', out, re.M) for start in line.split()]
+
     whole = draws(*SMALL, '--dataset=positions', '--sampler=epoch', '--out_dir=a')
     assert len(whole) == 25 * 8 and len(set(whole[:blocks])) == blocks
     run('train.py', *SMALL, '--dataset=positions', '--max_iters=7', '--eval_interval=100')  # sampler=random
     resumed = draws('--init_from=resume', '--sampler=epoch', '--out_dir=out')
-    assert resumed == whole[7 * 8:]
+    assert resumed == whole[7 * 8 :]
 
 
 @slow
@@ -408,8 +476,11 @@ def test_big_ids(run, house, tmp_path):
     folder.mkdir(exist_ok=True)
     for name in ('train', 'val'):
         np.full(64, 50000, dtype='<u2').tofile(folder / f'{name}.bin')
-    steps, _ = losses(run('train.py', *SMALL, '--dataset=big', '--max_iters=30', '--eval_interval=30',
-                          '--log_interval=30').stdout)
+    steps, _ = losses(
+        run(
+            'train.py', *SMALL, '--dataset=big', '--max_iters=30', '--eval_interval=30', '--log_interval=30'
+        ).stdout
+    )
     assert steps[0][1] > 9 and steps[30][1] < 1
     p = load(tmp_path / 'out')
     logits = gpt_logits(p['model'], p['model_args'], torch.full((1, 4), 50000))
@@ -426,6 +497,7 @@ def test_a_stray_world_size(run):
 # -----------------------------------------------------------------------------
 # torch.compile, the benchmark, the profiler
 
+
 @slow
 def test_compile(run):
     """The compiled run has the eager one's curve."""
@@ -439,16 +511,27 @@ def test_compile(run):
 
 
 @slow
-@pytest.mark.parametrize('optimizer, checkpointing, dtype', [
-    ('adamw', False, 'bfloat16'), ('muon', True, 'float16')])
+@pytest.mark.parametrize(
+    'optimizer, checkpointing, dtype', [('adamw', False, 'bfloat16'), ('muon', True, 'float16')]
+)
 def test_two_graphs(run, altered, optimizer, checkpointing, dtype):
     """Dynamo traces evaluation once and training once, both before the first iteration. A third graph, for
     other strides, a number that changes or a mode, would cost a minute of GPU time whenever it comes.
     """
     script = altered(TRACED)
-    out = run(script, *SMALL, '--max_iters=7', '--eval_interval=3', '--eval_iters=None', '--n_layer=1',
-              '--compile=True', f'--optimizer={optimizer}', f'--dtype={dtype}', '--checkpoint_interval=2',
-              f'--activation_checkpointing={checkpointing}').stdout
+    out = run(
+        script,
+        *SMALL,
+        '--max_iters=7',
+        '--eval_interval=3',
+        '--eval_iters=None',
+        '--n_layer=1',
+        '--compile=True',
+        f'--optimizer={optimizer}',
+        f'--dtype={dtype}',
+        '--checkpoint_interval=2',
+        f'--activation_checkpointing={checkpointing}',
+    ).stdout
     steps = [int(n) for n in re.findall(r'^(?:step|checkpoint) (\d+): train loss', out, re.M)]
     assert steps == [0, 2, 3, 4, 6, 7] and 'once through' in out
     assert 'a graph\na graph\ncompiled\n' in out and out.count('a graph') == 2
@@ -459,8 +542,10 @@ def test_compile_falls_back(run, altered, tmp_path):
     """No C++ compiler: one line, and the run goes on in eager mode with the same figures."""
     if DEVICE != 'cpu':
         pytest.skip("Triton needs no C++ compiler")
-    broken = altered("import torch._inductor.config as config\n"
-                     "config.cpp.cxx, config.force_disable_caches = ('/nonexistent/c++',), True")
+    broken = altered(
+        "import torch._inductor.config as config\n"
+        "config.cpp.cxx, config.force_disable_caches = ('/nonexistent/c++',), True"
+    )
     eager = losses(run('train.py', *SMALL).stdout)
     out = run(broken, *SMALL, '--compile=True', '--out_dir=compiled').stdout
     assert len(re.findall('^torch.compile does not work here, running eager', out, re.M)) == 1
@@ -470,8 +555,16 @@ def test_compile_falls_back(run, altered, tmp_path):
 @slow
 def test_bench(run, tmp_path):
     """config/bench.py: no data, no files, and one JSON object at the end with the figures of the lines."""
-    small = ['config/bench.py', *MACHINE, '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=32',
-             '--batch_size=2', '--gradient_accumulation_steps=2']
+    small = [
+        'config/bench.py',
+        *MACHINE,
+        '--n_layer=1',
+        '--n_head=2',
+        '--n_embd=16',
+        '--block_size=32',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=2',
+    ]
     out = run('train.py', *small, '--max_iters=8').stdout
     assert 'step ' not in out and not list(tmp_path.iterdir())
     result = json.loads(out.splitlines()[-1])
@@ -489,8 +582,14 @@ def test_bench(run, tmp_path):
     warm = float(re.search(r'^iter 2: .* time ([\d.]+)ms', out, re.M)[1])
     assert json.loads(out.splitlines()[-1])['ms']['max'] == pytest.approx(warm, abs=0.01)
     # a peak that is known makes an mfu
-    out = run('train.py', *small, '--max_iters=2', '--peak_flops=1e9', '--optimizer=muon',
-              '--activation_checkpointing=True').stdout
+    out = run(
+        'train.py',
+        *small,
+        '--max_iters=2',
+        '--peak_flops=1e9',
+        '--optimizer=muon',
+        '--activation_checkpointing=True',
+    ).stdout
     result = json.loads(out.splitlines()[-1])
     flops = GPT(GPTConfig(32, 50304, 1, 2, 16, bias=False)).estimate_mfu(1, 32, 1)
     assert result['mfu'] == pytest.approx(result['tokens_per_second'] * flops / 1e9)
@@ -506,7 +605,7 @@ def test_profile(run, tmp_path):
     out = done.stdout
     assert losses(out) == plain and 'Warning' not in done.stderr
     assert out.index('iter 7:') < out.index('Self CPU') < out.index('iter 8:')
-    table = out[out.index('Self CPU'):out.index('Self CPU time total')]
+    table = out[out.index('Self CPU') : out.index('Self CPU time total')]
     assert 'aten::' in table and len(table.splitlines()) == 13  # ten, and three of the frame
     events = json.loads((tmp_path / 'out' / 'trace.json').read_text())['traceEvents']
     names = [event['name'] for event in events if 'name' in event]

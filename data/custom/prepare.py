@@ -4,6 +4,7 @@ Any plain text as a data set: writes train.bin, val.bin and the tokenizer into d
     python data/custom/prepare.py --input=book.txt --name=mytext
     python data/custom/prepare.py --input="texts/**/*.txt" --tokenizer=bpe --vocab_size=8192 --name=mytext
 """
+
 import glob
 import os
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-input = ''                          # a text file in UTF-8, a folder of .txt files, or a glob
-name = 'custom'                     # folder below data/ to write to
-tokenizer = 'char'                  # char: one token per character; gpt2: GPT-2's; bpe: trained on this text
-vocab_size = 4096                   # of bpe, at most 65536; a small text yields fewer
-num_workers = os.cpu_count() or 1   # threads that encode
+input = ''  # a text file in UTF-8, a folder of .txt files, or a glob
+name = 'custom'  # folder below data/ to write to
+tokenizer = 'char'  # char: one token per character; gpt2: GPT-2's; bpe: trained on this text
+vocab_size = 4096  # of bpe, at most 65536; a small text yields fewer
+num_workers = os.cpu_count() or 1  # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(HERE.parents[1]))
 from data.common import check_vocab_size, excepthook, write_characters, write_documents
@@ -46,9 +47,11 @@ for path in paths:
     try:
         texts.append(data.decode('utf-8-sig').replace('\r\n', '\n'))
     except UnicodeDecodeError as error:
-        row = data[:error.start].count(b'\n') + 1
-        sys.exit(f"{path}, row {row}: not UTF-8 ({error.reason}, byte {data[error.start]:#x}); "
-                 "iconv -f GB18030 -t UTF-8 converts Chinese text of old")
+        row = data[: error.start].count(b'\n') + 1
+        sys.exit(
+            f"{path}, row {row}: not UTF-8 ({error.reason}, byte {data[error.start]:#x}); "
+            "iconv -f GB18030 -t UTF-8 converts Chinese text of old"
+        )
 texts = [text for text in texts if text]
 if not texts:
     sys.exit(f"--input={input}: {len(paths)} empty files")
@@ -57,7 +60,7 @@ if not texts:
 cut, train, val = int(0.9 * sum(map(len, texts))), [], []
 for text in texts:
     train += [text[:cut]] if cut > 0 else []
-    val += [text[max(cut, 0):]] if cut < len(text) else []
+    val += [text[max(cut, 0) :]] if cut < len(text) else []
     cut -= len(text)
 
 # an older data set stays as it is until everything that can fail has succeeded
@@ -67,6 +70,11 @@ if tokenizer == 'char':
 else:
     gpt2 = {'kind': 'gpt2'}
     bpe = train_bpe(train, vocab_size) if tokenizer == 'bpe' else Tokenizer(gpt2, ordinary=True)
-    write_documents(folder, bpe, num_workers, train=(len(train), [[text] for text in train]),
-                    val=(len(val), [[text] for text in val]))
+    write_documents(
+        folder,
+        bpe,
+        num_workers,
+        train=(len(train), [[text] for text in train]),
+        val=(len(val), [[text] for text in val]),
+    )
 print(f"train on it with --dataset={name}")

@@ -4,6 +4,7 @@ that can run this. Writes train.bin, val.bin and meta.pkl beside this file.
 
     python data/python_char/prepare.py
 """
+
 import sys
 import sysconfig
 from pathlib import Path

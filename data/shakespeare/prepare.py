@@ -3,6 +3,7 @@ Tiny Shakespeare in GPT-2's byte-pair encoding: writes train.bin and val.bin bes
 
     python data/shakespeare/prepare.py
 """
+
 import sys
 from pathlib import Path
 

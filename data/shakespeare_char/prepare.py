@@ -3,6 +3,7 @@ Tiny Shakespeare, one token per character: writes train.bin, val.bin and meta.pk
 
     python data/shakespeare_char/prepare.py
 """
+
 import sys
 from pathlib import Path
 

@@ -6,6 +6,7 @@ this file.
 
 中文维基百科（wiki_zh_2019），分词器在其上训练。
 """
+
 import glob
 import os
 import sys
@@ -13,9 +14,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-input = str(HERE / 'wiki_zh')       # folder of files AA/wiki_00 …, JSON lines with the fields title and text
-vocab_size = 16384                  # of the tokenizer, at most 65536
-num_workers = os.cpu_count() or 1   # threads that encode
+input = str(HERE / 'wiki_zh')  # folder of files AA/wiki_00 …, JSON lines with the fields title and text
+vocab_size = 16384  # of the tokenizer, at most 65536
+num_workers = os.cpu_count() or 1  # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(HERE.parents[1]))
 import datasets
@@ -34,8 +35,10 @@ from data.tokenizer import train_bpe
 sys.excepthook = excepthook
 paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
 if not paths:
-    sys.exit(f"no {input}/AA/wiki_00 …: unpack wiki2019zh.zip there, see {HERE / 'readme.md'}, "
-             "or name its folder with --input")
+    sys.exit(
+        f"no {input}/AA/wiki_00 …: unpack wiki2019zh.zip there, see {HERE / 'readme.md'}, "
+        "or name its folder with --input"
+    )
 if num_workers < 1:
     sys.exit(f"num_workers must be at least 1, not {num_workers}")
 check_vocab_size(vocab_size)
@@ -50,8 +53,10 @@ except (ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) 
 def articles(part):
     """Yields lists of texts, each with its title on top, where wiki_zh_2019 has it already."""
     for rows in in_batches(part):
-        yield [text if text.startswith(title) else f'{title}\n\n{text}'
-               for title, text in zip(rows['title'], rows['text'], strict=True)]
+        yield [
+            text if text.startswith(title) else f'{title}\n\n{text}'
+            for title, text in zip(rows['title'], rows['text'], strict=True)
+        ]
 
 
 train, val = split_documents(documents, test_size=0.005)
@@ -59,5 +64,6 @@ train, val = split_documents(documents, test_size=0.005)
 # articles are enough
 sample = train.select(range(0, len(train), len(train) // 50_000 + 1))
 tokenizer = train_bpe(articles(sample), vocab_size)
-write_documents(HERE, tokenizer, num_workers, train=(len(train), articles(train)),
-                val=(len(val), articles(val)))
+write_documents(
+    HERE, tokenizer, num_workers, train=(len(train), articles(train)), val=(len(val), articles(val))
+)

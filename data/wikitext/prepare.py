@@ -5,6 +5,7 @@ writes train.bin, val.bin and words.json, the numbers of words, beside this file
     python data/wikitext/prepare.py
     python data/wikitext/prepare.py --input=wikitext-2     # {train,valid,test}.txt, or wiki.test.raw …
 """
+
 import json
 import os
 import re
@@ -13,10 +14,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-corpus = 'wikitext-2-raw-v1'        # or wikitext-103-raw-v1; without -raw rare words are <unk>
-split = 'test'                      # what val.bin holds: test, as papers report it, or valid
-input = ''                          # a folder instead; without train.txt, train.bin holds the other split
-num_workers = os.cpu_count() or 1   # threads that encode
+corpus = 'wikitext-2-raw-v1'  # or wikitext-103-raw-v1; without -raw rare words are <unk>
+split = 'test'  # what val.bin holds: test, as papers report it, or valid
+input = ''  # a folder instead; without train.txt, train.bin holds the other split
+num_workers = os.cpu_count() or 1  # threads that encode
 exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(HERE.parents[1]))
 from data.common import atomic_write, excepthook, write_documents
@@ -37,11 +38,14 @@ def prose(text):
     knows. Removes nothing but spaces and the @ around - , . in numbers and words, so the text stays the
     same.
     """
-    text = re.sub(r' @([-,.])@ ', r'\1', text)                             # 1 @,@ 000, role @-@ playing
-    text = re.sub(r'(?m)^ ((?:= )+)(.*?)((?: =)+) ?$',                     # headings
-                  lambda m: f"{m[1].replace(' ', '')} {m[2].strip()} {m[3].replace(' ', '')}", text)
+    text = re.sub(r' @([-,.])@ ', r'\1', text)  # 1 @,@ 000, role @-@ playing
+    text = re.sub(
+        r'(?m)^ ((?:= )+)(.*?)((?: =)+) ?$',  # headings
+        lambda m: f"{m[1].replace(' ', '')} {m[2].strip()} {m[3].replace(' ', '')}",
+        text,
+    )
     text = re.sub(r'(?m)^ | $', '', text)
-    text = re.sub(r'" (.*?) "', r'"\1"', text)                             # in pairs, within a line
+    text = re.sub(r'" (.*?) "', r'"\1"', text)  # in pairs, within a line
     text = re.sub(r"(?<=[\w>]) (?='(?:s|d|t|m|ll|re|ve)\b)|(?<=s) (?=' )", '', text)  # Teddy 's, the actors '
     text = re.sub(r'([(\[{]) ', r'\1', text)
     text = re.sub(r'(?<=\d) – (?=\d)', '–', text.replace(' $ ', ' $'))
@@ -63,11 +67,17 @@ def lines_of(*names):
     """Returns the lines, with their ends, of the first of these splits that exists."""
     if not input:
         return [line or ' \n' for line in documents[names[0].replace('valid', 'validation')]['text']]
-    paths = [path for name in names for path in sorted(Path(input).glob('*'))
-             if re.fullmatch(rf'(wiki\.)?{name}\.(txt|raw|tokens)', path.name)]
+    paths = [
+        path
+        for name in names
+        for path in sorted(Path(input).glob('*'))
+        if re.fullmatch(rf'(wiki\.)?{name}\.(txt|raw|tokens)', path.name)
+    ]
     if not paths:
-        sys.exit(f"--input={input}: no {' or '.join(f'{name}.txt' for name in names)} in there, "
-                 f"nor wiki.{names[0]}.raw or .tokens")
+        sys.exit(
+            f"--input={input}: no {' or '.join(f'{name}.txt' for name in names)} in there, "
+            f"nor wiki.{names[0]}.raw or .tokens"
+        )
     try:
         with open(paths[0], encoding='utf-8') as f:
             return list(f)
@@ -77,12 +87,15 @@ def lines_of(*names):
 
 if not input:
     import datasets
+
     try:
         documents = datasets.load_dataset('Salesforce/wikitext', corpus)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"cannot download https://huggingface.co/datasets/Salesforce/wikitext, {corpus} "
-                 f"({type(error).__name__}): fetch its texts where there is a network, then run this with "
-                 "--input=FOLDER")
+        sys.exit(
+            f"cannot download https://huggingface.co/datasets/Salesforce/wikitext, {corpus} "
+            f"({type(error).__name__}): fetch its texts where there is a network, then run this with "
+            "--input=FOLDER"
+        )
 tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)
 lines = {'train': lines_of('train', 'valid' if split == 'test' else 'test'), 'val': lines_of(split)}
 # line ends count as words, as Merity et al. count
@@ -91,8 +104,12 @@ if not all(words.values()):
     sys.exit(f"--input={input}: an empty text")
 texts = {name: list(articles(part)) for name, part in lines.items()}
 (HERE / 'words.json').unlink(missing_ok=True)
-write_documents(HERE, tokenizer, num_workers,
-                **{name: (len(part), ([text] for text in part)) for name, part in texts.items()})
+write_documents(
+    HERE,
+    tokenizer,
+    num_workers,
+    **{name: (len(part), ([text] for text in part)) for name, part in texts.items()},
+)
 with atomic_write(HERE / 'words.json') as f:
     f.write(json.dumps(words).encode())
 print(f"words: {words['train']:,} in train.bin, {words['val']:,} in val.bin")
