@@ -1,99 +1,264 @@
-def _configure(script):
-    """Config files and --key=value become globals of the script that executes this file; later ones win. Its
-    keys are the globals that hold a bool, int, float, str or None; annotations such as `int | None` say more.
-    A config file is Python and sees the keys above it. Leaves `config`, `given_keys` and `key_types`."""
-    import builtins  # imported in here, so that the script's globals stay its own
-    import difflib
+# train.py, sample.py and each prepare.py execute this text after they have declared their keys, as nanoGPT's
+# scripts do. All of it is one function, so that its own names do not become globals of the script.
+def configure(script):
+    """
+    Sets the keys of a script, whose globals are `script`, as the command line says:
+
+        python train.py config/train_gpt2.py --batch_size=32
+
+    The keys are the globals that hold a bool, int, float, str or None. First each config file runs, then each
+    --key=value is set; the last value of a key wins. Returns `config`, a dict of all keys and their values,
+    `given_keys`, the set of those that a file or the command line has set, and `check_value`, for values that
+    come from elsewhere. Installs the excepthook that ends the script in one line for everything but a bug.
+    """
+    import builtins
     import os
     import re
+    import signal
     import sys
     import time
     from contextlib import suppress
+    from difflib import get_close_matches
     from pathlib import Path
-    from typing import Union, get_args
+    from types import ModuleType
+    from typing import Literal, Union, get_args, get_origin
 
-    def excepthook(kind, error, trace):  # for what follows in the script
-        sys.stdout = None  # else Python would try once more to write what `| head` no longer reads
-        if kind is ModuleNotFoundError and error.name not in ('data', 'model'):
-            print(f"{error}: pip install -r requirements.txt", file=sys.stderr)
-        elif kind not in (KeyboardInterrupt, BrokenPipeError):
+    class UserError(ValueError):
+        """A mistake of the user; its text is one line that says what to do."""
+
+    # ---------- The keys and what they take ----------
+    def fits(value, hint):
+        """Whether a value is what an annotation says: int, int | None, Literal['adamw', 'muon'] …"""
+        if get_origin(hint) is Literal:
+            return value in get_args(hint)
+        if get_args(hint):  # the types of a union
+            return any(fits(value, part) for part in get_args(hint))
+        return type(value) is hint
+
+    def describe(hint):
+        """An annotation in words: 'int or None', 'adamw or muon' …"""
+        if get_args(hint):  # the types of a union, or the words of a Literal
+            return ' or '.join(describe(part) for part in get_args(hint))
+        names = {bool: 'bool (True or False)', int: 'int', float: 'float', str: 'str', type(None): 'None'}
+        return names.get(hint, hint)  # a word stays as it is
+
+    # A key takes values of the type of its default. If that is None, it takes any.
+    config = {}
+    hints = {}
+    plain = Union[bool, int, float, str, None]
+    for name, value in script.items():
+        if fits(value, plain) and not name.startswith('_'):
+            config[name] = value
+            hints[name] = plain if value is None else type(value)
+
+    # An annotation says it better. It is text in a script with `from __future__ import annotations`.
+    for name, hint in script.get('__annotations__', {}).items():
+        hints[name] = eval(hint, script) if isinstance(hint, str) else hint
+
+    def check_value(source, key, value):
+        """Returns a value as the key takes it, an int as float where a float is meant. Raises UserError."""
+        takes = f"{source}: {key} takes {describe(hints[key])}"
+        if type(value) in (int, float):
+            if value < 0:
+                raise UserError(f"{source}: {key} must be at least 0, not {value}")
+            if not value < 2**63:  # nan is not below anything
+                raise UserError(f"{takes}, finite and within 64 bits")
+        if not fits(value, hints[key]):
+            if type(value) is int and fits(float(value), hints[key]):
+                return float(value)
+            raise UserError(f"{takes}, not {value!r:.40}")
+
+        # The shell does not expand the ~ of --out_dir=~/runs.
+        if key in ('out_dir', 'init_from', 'input', 'files'):
+            return os.path.expanduser(value)
+        return value
+
+    # ---------- Config files ----------
+    given_keys = set()
+    ignored = set()  # names in config files that are no keys
+
+    def find_config(name):
+        """The path of a config file, in the working directory or in the project. Raises UserError."""
+        project = script.get('ROOT', Path())
+        for path in (name, os.path.join(project, name)):
+            if name.endswith('.py') and os.path.isfile(path):
+                return path
+
+        ending = f" here or in {project} (its name ends in .py); a key is written --key=value"
+        for path in project.glob('config/*.py'):
+            if path.stem == Path(name).stem:
+                ending = f", did you mean config/{path.name}?"
+        raise UserError(f"{name[:160]}: no such config file{ending}")
+
+    def run_config(name):
+        """Runs a config file, which sees the values so far, and sets the keys that it assigns."""
+        # As in nanoGPT, the file sees every name of the script. But it finds them where Python looks last,
+        # among the builtins. So its own globals are what it assigns and nothing else, and a key counts as
+        # given even where the file assigns it its default.
+        scope = {'__builtins__': {**vars(builtins), **script, **config}}
+        source = Path(find_config(name)).read_bytes()
+        try:
+            exec(builtins.compile(source, name, 'exec'), scope)  # train.py has a key named compile
+        except Exception as error:  # of any kind
+            frame = error.__traceback__.tb_next  # the file's own, None if Python cannot read its text
+            place = f"{name}, line {frame.tb_lineno}" if frame else name
+            raise UserError(f"{place}: {type(error).__name__}: {error!s:.200}") from error
+
+        for key, value in scope.items():
+            internal = key.startswith('_') or callable(value) or isinstance(value, ModuleType)
+            if key in config:
+                config[key] = check_value(name, key, value)
+                given_keys.add(key)
+            elif not internal:
+                # A name like a key's is a typo. But base_learning_rate may stand beside learning_rate.
+                similar = get_close_matches(key.lower(), config, n=1, cutoff=0.8)
+                if similar and similar[0] not in scope:
+                    raise UserError(f"{name}: unknown key '{key:.40}', did you mean '{similar[0]}'?")
+                ignored.add(key)
+
+    # ---------- --key=value ----------
+    def read_value(text, hint):
+        """What a text stands for: None, a bool, an int or a float where the key takes it, else the text."""
+        for constant in (None, True, False):
+            if text == str(constant) and fits(constant, hint):
+                return constant
+        for number in (int, float):
+            with suppress(ValueError):
+                if fits(number(text), hint):
+                    return number(text)
+        return text
+
+    def advice(name):
+        """What to write instead of --name, which is no key or has no value."""
+        if name in config:
+            value = 'True' if fits(True, hints[name]) else 'value'
+            return f"write --{name}={value}, with no space around '='"
+
+        instead = {
+            'config': "write the name of a config file alone",
+            'lr': "did you mean 'learning_rate'?",
+            'no-compile': "write --compile=False",
+            'rewind': "go around a bad stretch with another --seed",
+        }
+        similar = get_close_matches(name, config, n=1, cutoff=0.65)
+        if name in instead:
+            words = instead[name]
+        elif similar:
+            words = f"did you mean '{similar[0]}'?"
+        else:
+            words = "--help lists the keys"
+        return f"unknown key '{name:.40}', {words}"
+
+    def read_argument(argument):
+        """The key and the value of --key=value. Raises UserError."""
+        key, equals, text = argument.removeprefix('--').partition('=')
+        if key not in config or not equals:
+            raise UserError(f"{argument[:160]}: {advice(key)}")
+        return key, check_value(argument[:160], key, read_value(text, hints[key]))
+
+    def print_help():
+        """Prints the script's docstring, and each key with its default and the comment beside it."""
+        source = Path(script['__file__']).read_text(encoding='utf-8')
+        declarations = source.partition('\nexec(')[0]  # lines like `seed = 1337  # of weights and batches`
+        comments = dict(re.findall(r'^(\w+)\b.*?  # (.*)', declarations, re.MULTILINE))
+
+        print(script['__doc__'].strip())
+        print("\nkeys and their defaults:")
+        for key, value in config.items():
+            choices = f"({describe(hints[key])}) " if 'Literal' in str(hints[key]) else ''
+            print(f"  --{key}={value!r}".ljust(40) + choices + comments.get(key, ''))
+
+    # ---------- How a script ends before its end ----------
+    # The keys tell which script this is, and so what its user can do when memory is short, and whether a line
+    # is due when Ctrl-C or a closed pipe (`| head`) has ended it.
+    if 'max_iters' in config:  # train.py
+        less_memory = "halve --batch_size, double --gradient_accumulation_steps"
+        interrupted = None
+        unread = "nobody reads this run's output any more: go on with --init_from=auto"
+    elif 'num_samples' in config:  # sample.py
+        less_memory = "fewer --num_samples or --max_new_tokens"
+        interrupted = None
+        unread = None
+    else:  # a prepare.py
+        less_memory = "prepare less text"
+        interrupted = "interrupted: the data is not complete"
+        unread = interrupted
+
+    local_rank = os.environ.get('LOCAL_RANK')  # set by torchrun
+    first_rank = local_rank in (None, '0')
+
+    def excepthook(kind, error, trace):
+        """Prints one line for everything but a bug, which gets its traceback. It imports nothing, so it knows
+        our exceptions and PyTorch's by the names of their classes."""
+        # At exit Python would try once more to write what stdout still holds to a full disk or a closed pipe.
+        sys.stdout = None
+
+        if kind is RuntimeError and isinstance(error.__context__, OSError):
+            error = error.__context__  # torch.save has raised its own on top of it
+        text = ' '.join(str(error).splitlines())
+        user_error = any(base.__name__ == 'UserError' for base in kind.__mro__)
+        out_of_memory = kind.__name__.endswith('MemoryError') or "can't allocate memory" in text
+
+        if user_error:
+            line = text
+        elif isinstance(error, KeyboardInterrupt):
+            line = interrupted
+        elif isinstance(error, BrokenPipeError):
+            line = unread
+        elif out_of_memory:
+            line = f"out of memory on {script.get('device') or 'this machine'}: {less_memory}"
+        elif kind is ModuleNotFoundError:
+            line = f"{text}: pip install -r requirements.txt"
+        elif isinstance(error, OSError) and error.strerror:
+            line = f"{error.filename or 'cannot write'}: {error.strerror}"
+        elif isinstance(error, OSError):
+            line = text
+        else:
             sys.__excepthook__(kind, error, trace)
+            return
+        if line is None:
+            return
+
+        # Under torchrun all ranks may fail alike, and one should speak. When rank 0 has ended, torchrun sends
+        # SIGTERM to the others, which wait for it here. A rank that fails alone speaks after the wait.
+        if not first_rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+        # torch.distributed gives us a sys.stderr that it prints when we return. But we cannot return there:
+        # gloo's threads abort one ordinary exit in twelve.
+        print(line, file=sys.__stderr__, flush=True)
+        if local_rank is not None:
+            os._exit(1)
 
     sys.excepthook = excepthook
-    sys.stdout, sys.stderr = (stream or Path(os.devnull).open('w') for stream in (sys.stdout, sys.stderr))
-    with suppress(AttributeError, OSError):  # if it is a notebook's; a console may lack characters
+
+    # ---------- The command line ----------
+    # What goes to a stream that the shell has closed is dropped. A console gets '?' for a character that it
+    # does not have, and a pipe gets each line at once. A notebook's stream stays as it is.
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
+    with suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
-    scalars = {bool: 'bool (True or False)', int: 'int', float: 'float', str: 'str', type(None): 'None'}
-    defaults = {key: value for key, value in script.items() if key[0] != '_' and type(value) in scalars}
-    first_process, hints = os.environ.get('LOCAL_RANK', '0') == '0', script.get('__annotations__', {})
-    given, ignored, takes, described = {}, {}, {}, {}  # takes[key]: [int, NoneType], described: 'int or None'
-    for key, value in defaults.items():
-        hint = hints.get(key, Union[tuple(scalars)] if value is None else type(value))
-        hint = eval(hint, script) if isinstance(hint, str) else hint
-        takes[key] = [item for part in get_args(hint) or [hint] for item in get_args(part) or [part]]
-        described[key] = ' or '.join(scalars.get(item, str(item)) for item in takes[key])
 
-    def fail(source, message):
-        time.sleep(0 if first_process else 10)  # torchrun ends all when one ends: the first prints
-        sys.exit(' '.join(f"{source}: {message}".split()) if first_process else 1)
-
-    def assign(source, key, value):
-        if type(value) in (int, float) and not abs(value) < (2**63 if type(value) is int else float('inf')):
-            fail(source, f"{key} takes {described[key]}, finite and within 64 bits")
-        fits = type(value) in takes[key] or isinstance(value, str) and value in takes[key]
-        if not fits and not (type(value) is int and float in takes[key]):
-            fail(source, f"{key} takes {described[key]}, not {value!r:.40}")
-        given[key] = value if fits else float(value)
-
-    def run(name):
-        folders = Path(script.get('__file__', name)).resolve().parents
-        project = [folder / name for folder in folders if os.path.isfile(folder / 'configurator.py')]
-        if not (path := next(filter(os.path.isfile, [name, *project]), None)):
-            fail(name[:160], "no such config file (a key is written --key=value)")
-        scope = {'__builtins__': {**vars(builtins), **defaults, **given}}
-        try:
-            exec(builtins.compile(Path(path).read_bytes(), path, 'exec'), scope)
-        except Exception as error:  # whatever the file raises
-            line = getattr(error.__traceback__.tb_next, 'tb_lineno', getattr(error, 'lineno', 0))
-            fail(f"{name}, line {line}", f"{type(error).__name__}: {str(error):.200}")
-        for key, value in scope.items():  # what the file assigned: the keys that it read are in __builtins__
-            if key in defaults:
-                assign(name, key, value)
-            elif key[0] != '_' and not callable(value) and type(value).__name__ not in ('module', '_Feature'):
-                if similar := difflib.get_close_matches(key.lower(), defaults, n=1, cutoff=0.8):
-                    fail(name, f"unknown key '{key:.40}', did you mean '{similar[0]}'?")
-                ignored[key] = name
-
-    if {'-h', '--help'} & set(sys.argv):
-        source = re.sub(r'\n +#', '', Path(script['__file__']).read_text(encoding='utf-8'))
-        comments = dict(re.findall(r'^(\w+)\b.*?  # (.*)', source, re.MULTILINE)[::-1])  # the first of a key
-        print((script.get('__doc__') or '').strip(), '\n\nkeys and their defaults:', sep='')
-        for key, value in defaults.items():
-            choices = f"({described[key]}) " if any(isinstance(item, str) for item in takes[key]) else ''
-            print(f"  --{key}={value!r}".ljust(40), choices + comments.get(key, ''))
+    arguments = sys.argv[1:]
+    if '--help' in arguments or '-h' in arguments:
+        unread = None  # a --help that is cut off has no consequence
+        print_help()
         sys.exit()
-    for argument in sys.argv[1:]:
-        key, equals, text = argument.removeprefix('--').partition('=')
-        if not argument.startswith('--'):
-            run(argument)
-        elif not (key and equals):
-            fail(argument[:160], f"write --{key or 'key':.40}=value, with no space around '='")
-        elif key not in defaults:
-            close = [n for n in defaults if n.startswith(key) or ''.join(w[:1] for w in n.split('_')) == key]
-            close += difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else "--help lists the keys"
-            fail(argument[:160], f"unknown key '{key:.40}', {hint}")
-        else:
-            value = {'None': None, 'True': True, 'False': False}.get(text, text)
-            for number in (float, lambda digits: int(digits, base=0)):  # an int where both succeed
-                with suppress(ValueError):
-                    value = number(text)
-            usable = type(value) in takes[key] or type(value) is int and float in takes[key]
-            assign(argument[:160], key, value if usable else text)
-    if ignored and first_process:
-        print(f"ignored, no keys of {Path(sys.argv[0]).name}: {', '.join(ignored)}", file=sys.stderr)
-    script.update(given, config={**defaults, **given}, given_keys=set(given), key_types=takes)
+
+    # Every --key=value is checked before the config files run, but set after them.
+    from_command_line = dict(read_argument(text) for text in arguments if text.startswith('--'))
+    for name in arguments:
+        if not name.startswith('--'):
+            run_config(name)
+    config.update(from_command_line)
+    given_keys.update(from_command_line)
+
+    if ignored and first_rank:
+        print(f"ignored, no keys of {Path(sys.argv[0]).name}: {', '.join(sorted(ignored))}", file=sys.stderr)
+    script.update(config)
+    return config, given_keys, check_value
 
 
-_configure(globals())
-del _configure
+config, given_keys, check_value = configure(globals())
+del configure

@@ -1,7 +1,9 @@
 """Every file of config/ against train.py's real keys; the keys and defaults of the contract with nanoGPT."""
 
+import os
 import re
 import sys
+from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
@@ -71,6 +73,11 @@ CHOICES = {
     'lr_schedule': ['cosine', 'linear', 'wsd'],
     'dtype': ['float32', 'bfloat16', 'float16', None],
 }
+SCRIPTS = [
+    'train.py',
+    'sample.py',
+    *(f'data/{p.parent.name}/prepare.py' for p in ROOT.glob('data/*/prepare.py')),
+]
 CONFIG_FILES = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 
 
@@ -98,7 +105,7 @@ def test_choices(monkeypatch, key):
     for word in CHOICES[key]:
         assert configured(monkeypatch, 'train.py', f'--{key}={word}')[key] == word
     takes = ' or '.join(map(str, CHOICES[key]))
-    with pytest.raises(SystemExit, match=f"^--{key}=mun: {key} takes {takes}, not 'mun'$"):
+    with pytest.raises(ValueError, match=f"^--{key}=mun: {key} takes {takes}, not 'mun'$"):
         configured(monkeypatch, 'train.py', f'--{key}=mun')
 
 
@@ -129,6 +136,24 @@ def test_keys_of_the_other_script_are_no_typos(monkeypatch, tmp_path):
         keys = set(configured(monkeypatch, other)) - set(configured(monkeypatch, script))
         path.write_text(''.join(f'{key} = None\n' for key in keys))
         assert configured(monkeypatch, script, str(path)) == configured(monkeypatch, script)
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_modules_in_config_files(monkeypatch, tmp_path, script):
+    """nanoGPT's files may use os, time and math without importing them, and two users' files do."""
+    path = tmp_path / 'mine.py'
+    path.write_text("out_dir = os.path.join('out', str(math.ceil(0.5)))\nseed = int(time.time() > 0)\n")
+    config = configured(monkeypatch, script, str(path))
+    assert (config['out_dir'], config['seed']) == (os.path.join('out', '1'), 1)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_config_files_beside_the_script(monkeypatch, tmp_path, script):
+    """Each script finds the project's config files, and their names, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    configured(monkeypatch, script, 'config/bench.py')
+    with pytest.raises(ValueError, match='^bench: no such config file, did you mean config/bench.py'):
+        configured(monkeypatch, script, 'bench')
 
 
 def test_help(run):
@@ -166,18 +191,22 @@ def test_answers_without_packages(run, altered, script):
 
 
 def test_requirements():
-    """Every package is pinned. An older Python, which a pin would fail with a page of versions, meets a line
-    whose name tells what is wrong.
+    """Lines as pip and uv read them. Each package has a lower bound, so that what is installed already stays,
+    and CI's last job pins it there. ruff is pinned, because its output depends on its version.
     """
     from packaging.requirements import Requirement
 
-    lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
-    first, *others = [Requirement(line) for line in lines if line.strip() and line[0] != '#']
-    assert first.name == 'Python-3.11-or-later-is-needed' and first.url == f'file:///{first.name}'
-    for version, applies in (('3.9', True), ('3.10', True), ('3.11', False), ('3.14', False)):
-        assert first.marker.evaluate({'python_version': version}) is applies
-    assert not first.marker.evaluate()
-    for requirement in others:
-        pins = [specifier.operator for specifier in requirement.specifier]
-        assert pins == ['=='] and '*' not in str(requirement.specifier), requirement
-        assert requirement.marker is None and requirement.url is None
+    text = (ROOT / 'requirements.txt').read_text(encoding='utf-8')
+    ci = (ROOT / '.github' / 'workflows' / 'ci.yml').read_text(encoding='utf-8')
+    pattern, replacement = re.search(r"sed -E 's/(.*)/(.*)/' requirements.txt", ci).groups()
+    for line in text.splitlines():
+        line = line.split('#')[0].strip()
+        if not line:
+            continue
+        wanted, oldest = Requirement(line), Requirement(re.sub(pattern, replacement, line))
+        assert wanted.specifier.contains(version(wanted.name)), line
+        assert wanted.marker is None and wanted.url is None and not wanted.extras
+        operators = {specifier.operator for specifier in wanted.specifier}
+        assert operators in ([{'=='}] if wanted.name == 'ruff' else [{'>='}, {'>=', '<'}]), line
+        (pin,) = oldest.specifier
+        assert pin.operator == '==' and pin.version in [bound.version for bound in wanted.specifier]
