@@ -11,21 +11,24 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 input = ''  # a text file in UTF-8, a folder of .txt files, or a glob
 name = 'custom'  # folder below data/ to write to
 tokenizer = 'char'  # char: one token per character; gpt2: GPT-2's; bpe: trained on this text
 vocab_size = 4096  # of bpe, at most 65536; a small text yields fewer
 num_workers = os.cpu_count() or 1  # threads that encode
-exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import check_vocab_size, excepthook, write_characters, write_documents
+exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(ROOT))
+from data.common import check_vocab_size, write_characters, write_documents
 from data.tokenizer import Tokenizer, train_bpe
 
-sys.excepthook = excepthook
 folder = HERE.parent / name
+
+# The input may be the path of a file although it looks like a glob, such as "notes [1].txt".
 pattern = f'{glob.escape(input)}/**/*.txt' if os.path.isdir(input) else input
 paths = sorted({path for path in [input, *glob.glob(pattern, recursive=True)] if os.path.isfile(path)})
+
 if not input:
     sys.exit("which text? --input=FILE, a folder or a glob")
 if not paths:
@@ -56,20 +59,26 @@ texts = [text for text in texts if text]
 if not texts:
     sys.exit(f"--input={input}: {len(paths)} empty files")
 
-# the first nine tenths are for training, the rest for validation; a text at the border is cut in two
-cut, train, val = int(0.9 * sum(map(len, texts))), [], []
+# The first nine tenths of all characters are for training, the rest for validation. `left` is how many of the
+# nine tenths are still to come, so a text that is longer is cut in two there.
+train, val = [], []
+left = int(0.9 * sum(map(len, texts)))
 for text in texts:
-    train += [text[:cut]] if cut > 0 else []
-    val += [text[max(cut, 0) :]] if cut < len(text) else []
-    cut -= len(text)
+    if left > 0:
+        train.append(text[:left])
+    if left < len(text):
+        val.append(text[max(left, 0) :])
+    left -= len(text)
 
-# an older data set stays as it is until everything that can fail has succeeded
+# An older data set stays as it is until everything that can fail has succeeded.
 folder.mkdir(exist_ok=True)
 if tokenizer == 'char':
     write_characters(folder, '\n'.join(train), '\n'.join(val))
 else:
-    gpt2 = {'kind': 'gpt2'}
-    bpe = train_bpe(train, vocab_size) if tokenizer == 'bpe' else Tokenizer(gpt2, ordinary=True)
+    if tokenizer == 'bpe':
+        bpe = train_bpe(train, vocab_size)
+    else:
+        bpe = Tokenizer({'kind': 'gpt2'}, ordinary=True)
     write_documents(
         folder,
         bpe,

@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 corpus = '10k'  # 10k or full
 files = ''  # or a glob of .parquet, .jsonl (field "text") or .txt; .gz, .zst … too
 num_workers = os.cpu_count() or 1  # threads that encode
-exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import check_texts, excepthook, in_batches, split_documents, unreadable, write_documents
+exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(ROOT))
+from data.common import check_texts, in_batches, split_documents, unreadable, write_documents
 from data.tokenizer import Tokenizer
 
-sys.excepthook = excepthook
 if corpus not in ('10k', 'full'):
     sys.exit(f"corpus {corpus!r} is neither 10k nor full")
 if num_workers < 1:
@@ -33,43 +33,58 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 
 KINDS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text'}
 OPTIONS = {
+    'json': {},
     'text': {'sample_by': 'document'},
-    # read a Parquet file piece by piece instead of whole
+    # Parquet files are read piece by piece instead of whole.
     'parquet': {'fragment_scan_options': ParquetFragmentScanOptions(pre_buffer=False)},
 }
 FULL = 'hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/plain_text/*.parquet'
 ROWS = 8_013_769  # of the full corpus: older copies on the hub hold a tenth of it and do not say so
 
+
+def kind_of(path):
+    """Returns the kind of a file in the words of datasets, or None. It is the same for x.jsonl.gz as for
+    x.jsonl.
+    """
+    for suffix in reversed(Path(path.lower()).suffixes[-2:]):
+        if suffix in KINDS:
+            return KINDS[suffix]
+    return None
+
+
 tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)
-paths = sorted({path for path in [files, *glob.glob(files, recursive=True)] if os.path.isfile(path)})
-kind = 'parquet'
+
 if files:
+    # --files may be the path of a file although it looks like a glob, such as "texts [1].jsonl".
+    paths = sorted({path for path in [files, *glob.glob(files, recursive=True)] if os.path.isfile(path)})
     if not paths:
         sys.exit(f"--files={files}: no such files")
-    suffixes = [Path(path.lower()).suffixes[-2:] for path in paths]  # two, because of .jsonl.gz
-    kinds = {next((KINDS[suffix] for suffix in reversed(pair) if suffix in KINDS), None) for pair in suffixes}
+    kinds = {kind_of(path) for path in paths}
     kind = kinds.pop()
-    if kinds or not kind:
+    if kind is None or kinds:
         sys.exit(f"--files={files}: the files must all be .parquet, all .jsonl or all .txt")
+
+    request = {'path': kind, 'data_files': [glob.escape(path) for path in paths], **OPTIONS[kind]}
+elif corpus == '10k':
+    # The main branch holds a loading script, which datasets 4 and later refuse. The hub's own copy of it in
+    # Parquet has none.
+    request = {'path': 'stas/openwebtext-10k', 'revision': 'refs/convert/parquet'}
+else:
+    request = {'path': 'parquet', 'data_files': FULL, **OPTIONS['parquet']}
+
 try:
+    documents = datasets.load_dataset(**request, split='train')
     if files:
-        data_files = [glob.escape(path) for path in paths]
-        documents = datasets.load_dataset(kind, data_files=data_files, split='train', **OPTIONS.get(kind, {}))
         check_texts(f"--files={files}", documents, 'text')
-    elif corpus == '10k':
-        # main holds a loading script, which datasets 4 and later refuse; the hub's own Parquet copy has none
-        revision = 'refs/convert/parquet'
-        documents = datasets.load_dataset('stas/openwebtext-10k', revision=revision, split='train')
-    else:
-        documents = datasets.load_dataset('parquet', data_files=FULL, split='train', **OPTIONS['parquet'])
-except (OSError, ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:
-    # StopIteration comes from an empty file
+except Exception as error:  # an empty file raises StopIteration, a damaged .gz zlib.error, and so on
     if files:
         sys.exit(f"--files={files}: cannot be read as {kind}: {unreadable(paths, kind, error)}")
-    source, where = {
-        '10k': ('stas/openwebtext-10k', "plain_text/train/0000.parquet of its branch refs/convert/parquet"),
-        'full': ('Skylion007/openwebtext', "the 80 files plain_text/*.parquet, revision 79d93d786212"),
-    }[corpus]
+    if corpus == '10k':
+        source = 'stas/openwebtext-10k'
+        where = "plain_text/train/0000.parquet of its branch refs/convert/parquet"
+    else:
+        source = 'Skylion007/openwebtext'
+        where = "the 80 files plain_text/*.parquet, revision 79d93d786212"
     sys.exit(
         f"cannot download https://huggingface.co/datasets/{source} ({type(error).__name__}): "
         f"fetch {where} where there is a network, then run this with --files=\"FOLDER/*.parquet\""
@@ -80,7 +95,9 @@ if corpus == 'full' and not files and len(documents) != ROWS:
         "delete it from the cache of datasets and fetch it again"
     )
 
-train, val = split_documents(documents, test_size=0.005 if corpus == '10k' and not files else 0.0005)
+# Of 10,000 documents, nanoGPT's 0.05 % would leave five for validation.
+test_size = 0.005 if corpus == '10k' and not files else 0.0005
+train, val = split_documents(documents, test_size)
 write_documents(
     HERE,
     tokenizer,

@@ -10,13 +10,13 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
-exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import excepthook, write_characters
+exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(ROOT))
+from data.common import write_characters
 
-sys.excepthook = excepthook
-# what was installed, tests, and what not every Python has
+# These hold what was installed, tests, and what not every Python has.
 SKIPPED = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'ensurepip'}
 
 stdlib = Path(sysconfig.get_path('stdlib'))

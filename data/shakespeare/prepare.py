@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
-exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import TINY_SHAKESPEARE, download, excepthook, write_bins
+exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(ROOT))
+from data.common import TINY_SHAKESPEARE, download, write_bins
 from data.tokenizer import Tokenizer
 
-sys.excepthook = excepthook
 text = download(*TINY_SHAKESPEARE, HERE / 'input.txt').decode()
 cut = int(len(text) * 0.9)
 tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)

@@ -13,18 +13,18 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 input = str(HERE / 'wiki_zh')  # folder of files AA/wiki_00 …, JSON lines with the fields title and text
 vocab_size = 16384  # of the tokenizer, at most 65536
 num_workers = os.cpu_count() or 1  # threads that encode
-exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
-sys.path.insert(0, str(HERE.parents[1]))
+exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(ROOT))
 import datasets
 
 from data.common import (
     check_texts,
     check_vocab_size,
-    excepthook,
     in_batches,
     split_documents,
     unreadable,
@@ -32,7 +32,6 @@ from data.common import (
 )
 from data.tokenizer import train_bpe
 
-sys.excepthook = excepthook
 paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
 if not paths:
     sys.exit(
@@ -45,8 +44,7 @@ check_vocab_size(vocab_size)
 try:
     documents = datasets.load_dataset('json', data_files=[glob.escape(path) for path in paths], split='train')
     check_texts(input, documents, 'title', 'text')
-except (ValueError, EOFError, StopIteration, datasets.exceptions.DatasetsError) as error:
-    # StopIteration comes from an empty file
+except Exception as error:  # an empty file raises StopIteration, a damaged one whatever datasets meets
     sys.exit(f"{input}: {unreadable(paths, 'json', error)}")
 
 
@@ -60,8 +58,8 @@ def articles(part):
 
 
 train, val = split_documents(documents, test_size=0.005)
-# Chinese has no spaces, so whole clauses count as words and the trainer's memory grows with the text: 50,000
-# articles are enough
+# Chinese has no spaces, so whole clauses count as words and the trainer's memory grows with the text. About
+# 50,000 articles are enough for it.
 sample = train.select(range(0, len(train), len(train) // 50_000 + 1))
 tokenizer = train_bpe(articles(sample), vocab_size)
 write_documents(

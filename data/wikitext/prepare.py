@@ -13,17 +13,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 corpus = 'wikitext-2-raw-v1'  # or wikitext-103-raw-v1; without -raw rare words are <unk>
 split = 'test'  # what val.bin holds: test, as papers report it, or valid
 input = ''  # a folder instead; without train.txt, train.bin holds the other split
 num_workers = os.cpu_count() or 1  # threads that encode
-exec((HERE.parents[1] / 'configurator.py').read_text(encoding='utf-8'))
-sys.path.insert(0, str(HERE.parents[1]))
-from data.common import atomic_write, excepthook, write_documents
+exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
+sys.path.insert(0, str(ROOT))
+from data.common import atomic_write, write_documents
 from data.tokenizer import Tokenizer
 
-sys.excepthook = excepthook
 CORPORA = 'wikitext-2-raw-v1', 'wikitext-2-v1', 'wikitext-103-raw-v1', 'wikitext-103-v1'
 if corpus not in CORPORA:
     sys.exit(f"corpus {corpus!r} is none of {', '.join(CORPORA)}")
@@ -63,10 +63,8 @@ def articles(lines):
     yield prose(text)
 
 
-def lines_of(*names):
-    """Returns the lines, with their ends, of the first of these splits that exists."""
-    if not input:
-        return [line or ' \n' for line in documents[names[0].replace('valid', 'validation')]['text']]
+def lines_in_folder(*names):
+    """Returns the lines of a file in --input: of the first of these splits that has one."""
     paths = [
         path
         for name in names
@@ -85,30 +83,47 @@ def lines_of(*names):
         sys.exit(f"{paths[0]}: not UTF-8 ({error.reason}, byte {error.start})")
 
 
-if not input:
+def lines_of(documents):
+    """Returns the lines of a split on the hub as WikiText's files have them: an empty one holds a space."""
+    return [line or ' \n' for line in documents['text']]
+
+
+def count_words(lines):
+    """Counts as Merity et al. do, who take the end of a line for a word."""
+    return sum(len(line.split()) + 1 for line in lines)
+
+
+if input:
+    train_lines = lines_in_folder('train', 'valid' if split == 'test' else 'test')
+    val_lines = lines_in_folder(split)
+else:
     import datasets
 
     try:
-        documents = datasets.load_dataset('Salesforce/wikitext', corpus)
+        splits = datasets.load_dataset('Salesforce/wikitext', corpus)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         sys.exit(
             f"cannot download https://huggingface.co/datasets/Salesforce/wikitext, {corpus} "
             f"({type(error).__name__}): fetch its texts where there is a network, then run this with "
             "--input=FOLDER"
         )
-tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)
-lines = {'train': lines_of('train', 'valid' if split == 'test' else 'test'), 'val': lines_of(split)}
-# line ends count as words, as Merity et al. count
-words = {name: sum(len(line.split()) + 1 for line in part) for name, part in lines.items()}
-if not all(words.values()):
+    train_lines = lines_of(splits['train'])
+    val_lines = lines_of(splits['validation' if split == 'valid' else 'test'])
+
+words = {'train': count_words(train_lines), 'val': count_words(val_lines)}
+if 0 in words.values():
     sys.exit(f"--input={input}: an empty text")
-texts = {name: list(articles(part)) for name, part in lines.items()}
+
+# words.json counts the words of the bins beside it, so it goes before they change and comes after them.
+tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)
+train, val = list(articles(train_lines)), list(articles(val_lines))
 (HERE / 'words.json').unlink(missing_ok=True)
 write_documents(
     HERE,
     tokenizer,
     num_workers,
-    **{name: (len(part), ([text] for text in part)) for name, part in texts.items()},
+    train=(len(train), ([text] for text in train)),
+    val=(len(val), ([text] for text in val)),
 )
 with atomic_write(HERE / 'words.json') as f:
     f.write(json.dumps(words).encode())
