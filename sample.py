@@ -8,12 +8,15 @@ Continue a text with a trained model, or with GPT-2. The text goes to stdout, ev
 
 from __future__ import annotations  # the configurator reads annotations as text
 
+import itertools
 import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Literal
+
+ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2 … gpt2-xl, or a folder that transformers saved
@@ -30,144 +33,154 @@ seed = 1337  # sample i depends on (seed, i) alone
 device: str | None = None  # cpu, cuda, cuda:1, mps; None: what is there
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # None: what the device is good at
 compile = False  # torch.compile: half a minute at the start, for many tokens on a GPU
-config = {}  # the configurator fills it with all keys
-exec((Path(__file__).resolve().parent / 'configurator.py').read_text(encoding='utf-8'))
+exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
-# these imports take seconds: --help and most mistakes are answered before
+# These imports take seconds: --help and most mistakes are answered before.
 import numpy as np
 import torch
 
 from model import GPT, choose_device, compile_method
 
-for key, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
-    if (config[key] or 0) < least:
-        sys.exit(f"{key} must be at least {least}, not {config[key]}")
+for key in ('num_samples', 'max_new_tokens'):
+    if config[key] == 0:
+        sys.exit(f"{key} must be at least 1, not 0")
 if top_p is not None and not 0 < top_p <= 1:
     sys.exit(f"top_p must be in (0, 1], not {top_p}")
 
-
-def excepthook(kind, error, trace):
-    """One line where memory or the disk is full, and none where a reader such as head has read enough."""
-    sys.stdout = None  # else Python would try to write the rest once more when it exits
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        print(f"out of memory on {device}: fewer --num_samples or --max_new_tokens", file=sys.stderr)
-    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-        print(f"{error.filename or 'cannot write the text'}: {error.strerror}", file=sys.stderr)
-    else:
-        default_excepthook(kind, error, trace)
-
-
-default_excepthook, sys.excepthook = sys.excepthook, excepthook
-
-# the model, its tokenizer and the prompt
+# The model, its tokenizer and the prompt.
+device, dtype = choose_device(device, dtype, sampling=not compile)
+device_type = torch.device(device).type
+model = GPT.from_checkpoint(out_dir) if init_from == 'resume' else GPT.from_pretrained(init_from)
+tokenizer = model.tokenizer()
 try:
-    device, dtype = choose_device(device, dtype)
-    model = GPT.from_checkpoint(out_dir) if init_from == 'resume' else GPT.from_pretrained(init_from)
-    tokenizer = model.tokenizer()
     if start.startswith('FILE:'):
-        start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        start = Path(start.removeprefix('FILE:')).expanduser().read_text(encoding='utf-8')
     elif start == '-':
         start = sys.stdin.read() if sys.stdin else ''
-    start = start.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
-    prompt = tokenizer.encode(start if start != '\n' or tokenizer.kind != 'char' else '') or [tokenizer.bos]
 except UnicodeDecodeError as error:
     sys.exit(f"--start={start}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
-except (ValueError, ConnectionError) as error:
-    sys.exit(str(error))
+start = start.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
 
-kind = torch.device(device).type
+# Characters may lack the newline of the default prompt. bos stands for it, or is another character.
+text = '' if start == '\n' and tokenizer.kind == 'char' else start
+prompt = tokenizer.encode(text) or [tokenizer.bos]
+
+# Packed weights cannot be compiled.
 model.for_sampling(device, getattr(torch, dtype), pack=not compile)
-autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32')
 
-# one batch if the caches of all samples fit into half the memory, else several of one size
-c, number_size = model.config, 4 if kind == 'cpu' or dtype == 'float32' else 2
-length = 64 * math.ceil(min(c.block_size, len(prompt) + max_new_tokens) / 64)  # else CUDA pads every mask
-memory = torch.cuda.mem_get_info(device)[0] if kind == 'cuda' else 2**33
-if kind != 'cuda' and hasattr(os, 'sysconf'):
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-per_row = c.n_embd * length * (2 * c.n_layer * number_size + 40) + 20 * c.vocab_size  # cache, prompt, logits
-rows = math.ceil(num_samples / math.ceil(num_samples / max(1, memory // 2 // per_row)))
+# Attention on CUDA wants a cache whose length is a multiple of 64: else it pads its mask in every step.
+c = model.config
+length = 64 * math.ceil(min(c.block_size, len(prompt) + max_new_tokens) / 64)
+
+# What a sample needs beside its cache: for each token of the prompt and each of n_embd while the prompt is
+# read, and for each token of the vocabulary, whose logits are sorted and made probabilities.
+PROMPT_BYTES, LOGITS_BYTES = 40, 20
+UNKNOWN_MEMORY = 2**33  # assumed where the system does not tell
+
+
+def rows_that_fit():
+    """How many samples half of the memory has room for."""
+    memory = UNKNOWN_MEMORY
+    if device_type == 'cuda':
+        memory = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, 'sysconf'):
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    cache_bytes = sum(kv.nbytes for kv in model.new_cache(1, 1))  # for each token
+    row_bytes = length * (cache_bytes + PROMPT_BYTES * c.n_embd) + LOGITS_BYTES * c.vocab_size
+    return max(1, memory // 2 // row_bytes)
+
+
+# If not all samples fit, they are drawn in several batches of one size.
+batches = math.ceil(num_samples / rows_that_fit())
+rows = math.ceil(num_samples / batches)
+cache = model.new_cache(rows, length)
 
 
 def new_tokens(first):
-    """The new tokens of samples first … first + rows - 1, as the model's stream of columns (rows, 1)."""
-    draws = np.stack(
-        [
-            np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32)
-            for i in range(first, first + rows)
-        ]
-    )
-    idx, draws = torch.tensor([prompt], device=device), torch.from_numpy(draws).to(device)
-    return model.stream(
-        idx,
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        draws,
-        tokenizer.vocab_size,
-        cache,
-        static=compile or kind == 'cuda',
-    )
+    """Yields the next token of each of the samples first … first + rows - 1, as a column (rows, 1)."""
+    draws = [
+        np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32)
+        for i in range(first, first + rows)
+    ]
+    draws = torch.from_numpy(np.stack(draws)).to(device)  # (rows, max_new_tokens)
+    idx = torch.tensor([prompt], device=device)  # (1, T)
+    return model.stream(idx, max_new_tokens, temperature, top_k, top_p, draws, tokenizer.vocab_size, cache)
 
 
-def text_of(ids, complete):
-    """A sample's text up to `stop`, and whether it has ended."""
+def new_ids(first):
+    """Yields all new ids of these samples so far, a list for each sample, whenever there may be something to
+    print. Between these moments nothing waits for the device."""
+    columns = []
+    for n, column in enumerate(new_tokens(first), 1):
+        columns.append(column)
+        may_stop = stop and n % 16 == 0
+        if stream or may_stop or n in (1, max_new_tokens):
+            columns = [torch.cat(columns, dim=1)]  # (rows, n)
+            yield columns[0].tolist()
+
+
+def text_of(ids):
+    """The text of a sample up to `stop`, and whether it has ended."""
     text = tokenizer.decode(ids)
     if stop and stop in text:
         return start + text.partition(stop)[0], True
-    if not complete:  # the next token may complete a character, or what is the beginning of `stop`
-        text = text.rstrip('\ufffd')
-        text = text[: max(0, len(text) - len(stop) + 1)] if stop else text
-    return start + text, complete
+    if len(ids) == max_new_tokens:
+        return start + text, True
+
+    # The next token may complete a character, or what is the beginning of `stop`.
+    text = text.rstrip('\ufffd')
+    if stop:
+        text = text[: max(0, len(text) - len(stop) + 1)]
+    return start + text, False
 
 
-seconds, tokens = {'prefill': 0.0, 'decode': 0.0}, {'prefill': 0, 'decode': 0}
-with autocast:
-    cache = model.new_cache(rows, length)
-with autocast, torch.inference_mode():
+def compile_decode():
+    """Compiles the step of sampling, or says why it stays eager."""
+    for kv in cache:
+        torch._dynamo.mark_static_address(kv)  # CUDA graphs need it
+    five_tokens = itertools.islice(new_tokens(0), 5)
+    problem = compile_method(
+        model, 'decode', lambda: list(five_tokens), mode='reduce-overhead', fullgraph=True
+    )
+    if problem:
+        print(problem, file=sys.stderr)
+
+
+seconds = {'prefill': 0.0, 'decode': 0.0}
+tokens = {'prefill': 0, 'decode': 0}
+
+
+def print_samples(first):
+    """Prints a batch of samples. Each is printed until it ends, and meanwhile those behind it grow too."""
+    began = time.perf_counter()
+    growing = new_ids(first)
+    ids = next(growing)
+    prefilled = time.perf_counter()
+
+    samples = min(rows, num_samples - first)
+    for row in range(samples):
+        printed = 0
+        while True:
+            text, ended = text_of(ids[row])
+            if stream or ended:
+                print(text[printed:], end='', flush=True)
+                printed = max(printed, len(text))
+            if ended:
+                break
+            ids = next(growing)
+        print('\n---------------\n', end='', flush=True)
+
+    seconds['prefill'] += prefilled - began
+    seconds['decode'] += time.perf_counter() - prefilled
+    tokens['prefill'] += min(len(prompt), c.block_size)
+    tokens['decode'] += samples * (len(ids[0]) - 1)
+
+
+with torch.inference_mode():
     if compile:
-        for kv in cache:
-            torch._dynamo.mark_static_address(kv)  # CUDA graphs need it
-        problem = compile_method(
-            model,
-            'decode',
-            lambda: [*zip(range(5), new_tokens(0), strict=False)],
-            mode='reduce-overhead',
-            fullgraph=True,
-        )
-        if problem:
-            print(problem, file=sys.stderr)
-            model.for_sampling(device, getattr(torch, dtype))
+        compile_decode()
     for first in range(0, num_samples, rows):
-        ids, columns = [[] for _ in range(rows)], []
-        row = printed = 0  # the sample that is being printed, and how many of its characters are
-        began = time.perf_counter()
-        for n, column in enumerate(new_tokens(first), 1):
-            columns.append(column)
-            complete = n == max_new_tokens
-            if n > 1 and not (stream or complete or stop and n % 16 == 0):
-                continue  # nothing to print yet, so no wait for the device
-            for known, new in zip(ids, torch.cat(columns, dim=1).tolist(), strict=True):
-                known += new
-            columns.clear()
-            if n == 1:
-                prefilled = time.perf_counter()
-            while row < min(rows, num_samples - first):
-                text, ended = text_of(ids[row], complete)
-                if stream or ended:
-                    print(text[printed:], end='', flush=True)
-                    printed = max(printed, len(text))
-                if not ended:
-                    break
-                print('\n---------------\n', end='', flush=True)
-                row, printed = row + 1, 0
-            else:
-                break  # all samples have ended
-        seconds['prefill'] += prefilled - began
-        seconds['decode'] += time.perf_counter() - prefilled
-        tokens['prefill'] += min(len(prompt), c.block_size)
-        tokens['decode'] += row * (n - 1)
+        print_samples(first)
 
 speeds = [
     f"{name} {tokens[name]} tokens in {took:.2f} s, {tokens[name] / max(took, 1e-9):.0f} tok/s"

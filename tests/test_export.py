@@ -17,7 +17,7 @@ from conftest import MACHINE, SMALL, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from data.tokenizer import char_tokenizer, train_bpe
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, UserError
 
 slow = pytest.mark.slow
 END = '---------------\n'
@@ -122,18 +122,74 @@ def test_no_tokenizer(house, tmp_path):
         net.for_sampling('cpu', torch.float32).save_pretrained(tmp_path / 'packed')
 
 
-@pytest.mark.parametrize('blocks', [1, 2])
-def test_another_activation(tmp_path, blocks):
-    """What transformers' GPT-2 would compute otherwise is refused, whether in one block or in all of them,
-    and leaves no files.
+class Gain(torch.nn.Module):
+    """A parameter that GPT-2 does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def with_norms(net):
+    """nn.RMSNorm in the place of LayerNorm: its weight has LayerNorm's name and shape."""
+    for block in net.transformer.h:
+        block.ln_1, block.ln_2 = torch.nn.RMSNorm(8), torch.nn.RMSNorm(8)
+
+
+def with_activations(net):
+    net.transformer.h[1].mlp.gelu = torch.nn.ReLU()
+
+
+def with_gains(net):
+    for block in net.transformer.h:
+        block.attn.resid_dropout = Gain()
+
+
+def with_width(net):
+    mlp = net.transformer.h[0].mlp
+    mlp.c_fc, mlp.c_proj = torch.nn.Linear(8, 24, bias=False), torch.nn.Linear(24, 8, bias=False)
+
+
+def with_untied_head(net):
+    net.lm_head = torch.nn.Linear(8, 64, bias=False)
+
+
+def with_deep_head(net):
+    net.lm_head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 64))
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (with_norms, 'would compute other logits, by '),
+        (with_activations, 'would compute other logits, by '),
+        (with_gains, 'would compute other logits, by '),
+        (with_width, 'has other weights'),
+        (with_untied_head, 'would compute other logits, by '),
+        (with_deep_head, 'has other weights'),
+    ],
+)
+def test_another_network(tmp_path, change, words):
+    """What transformers' GPT-2 would compute otherwise is refused in one line, and leaves no files. A model
+    with RMSNorm was once exported with status 0, and its logits were wrong by 0.96 there: what GPT-2 has no
+    place for was passed over. The model stays as it is.
     """
-    net = GPT(GPTConfig(8, 64, 2, 1, 8))
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(8, 64, 2, 1, 8, bias=False, dropout=0.1))
     net.tokenizer_source = CHARACTERS.spec
-    for block in net.transformer.h[:blocks]:
-        block.mlp.gelu = torch.nn.ReLU()
-    with pytest.raises(ValueError, match='another activation than GELU') as error:
+    with torch.no_grad():
+        for p in net.parameters():
+            p += torch.randn_like(p) * 0.3
+    net.save_pretrained(tmp_path / 'plain')
+    change(net)
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    with pytest.raises(UserError, match=f"transformers' GPT-2 {words}") as error:
         net.save_pretrained(tmp_path / 'out')
     assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+    assert net.training and all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='permissions of POSIX systems')

@@ -101,7 +101,7 @@ def test_sample_i_is_its_own(sample):
 def test_memory_splits_the_batch(sample, house):
     """Where memory is short the samples come in several batches, and are the same."""
     source = (house / 'sample.py').read_text(encoding='utf-8')
-    short = source.replace('memory // 2 //', '480_000 //')  # room for the caches of 4 samples
+    short = source.replace('memory // 2 // row_bytes', '480_000 // row_bytes')  # room for 4 samples
     assert short != source
     (house / 'short.py').write_text(short, encoding='utf-8')
     for how in (['--num_samples=9'], ['--num_samples=9', '--stop=the', '--stream=True'], ['--num_samples=1']):
@@ -256,7 +256,7 @@ def test_full_disk_and_memory(run, start, trained, tmp_path):
     how = [*MACHINE, f'--out_dir={trained / "out"}', '--num_samples=1']
     process = start(*how, script='sample.py', stdout='/dev/full', stderr=errors, real=True)
     assert process.wait(60) == 1
-    assert errors.read_text().splitlines()[1:] == ['cannot write the text: No space left on device']
+    assert errors.read_text().splitlines()[1:] == ['cannot write: No space left on device']
     words = run('sample.py', *how, f'--max_new_tokens={10**14}', status=1)  # 400 TB: beyond any address
     assert words == f'out of memory on {DEVICE}: fewer --num_samples or --max_new_tokens\n'
 
@@ -336,7 +336,7 @@ model.GPT.new_cache = lambda net, *shape: print('cache', *shape) or new_cache(ne
             '--compile=True',
             cwd=trained,
         ).stdout
-        assert out.startswith('cache 2 64\na graph\n') and out.count('a graph') == 1 and out.count(END) == 2
+        assert 'cache 2 64\na graph\n' in out and out.count('a graph') == 1 and out.count(END) == 2
 
 
 @pytest.mark.slow
