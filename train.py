@@ -10,17 +10,20 @@ One machine with 8 GPUs (for several machines see assets/notes.md):
 from __future__ import annotations  # the configurator reads annotations as text
 
 import ctypes
+import errno
+import hashlib
 import json
 import math
 import os
+import platform
 import shlex
 import signal
 import sys
 import time
-import traceback
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import RLock
 from typing import Literal
@@ -30,15 +33,14 @@ ROOT = Path(__file__).resolve().parent
 # -----------------------------------------------------------------------------
 # The keys and their defaults: GPT-2 124M on OpenWebText, half a million tokens an iteration
 out_dir = 'out'  # folder of the checkpoints, relative to the working directory
-eval_interval = 2000  # iterations between evaluations, after which a checkpoint is saved
-checkpoint_interval = 0  # iterations between further checkpoints, 0 for none
+eval_interval = 2000  # iterations between evaluations, after which ckpt.pt is saved
+checkpoint_interval = 0  # iterations between further saves, to last.pt; 0 for none
 log_interval = 1  # iterations between log lines
-eval_iters: int | None = 200  # micro-batches per evaluation and split; None: val.bin once, in order
+eval_iters: int | None = 200  # micro-batches per evaluation and split; None: as many as val.bin has, in order
 eval_only = False  # evaluate once and exit
-always_save_checkpoint = True  # False: ckpt.pt is the best model so far, last.pt the newest state
-keep_checkpoints = 1  # ckpt.pt and, as ckpt-ITERATION.pt, those that were it before
-rewind = False  # go back to ckpt.pt and on with other batches if the loss explodes
-init_from = 'scratch'  # resume, auto (resume if possible), gpt2 … gpt2-xl, or a folder
+always_save_checkpoint = True  # ckpt.pt is the newest evaluated model; False: the best one
+keep_checkpoints = 1  # 1: ckpt.pt alone; N above 1: the newest N are kept as ckpt-ITERATION.pt too
+init_from = 'scratch'  # resume, auto (resume if possible), gpt2 … gpt2-xl, or a folder with weights
 seed = 1337  # of weights, batches and dropout
 wandb_log = False  # report to Weights & Biases too
 wandb_project = 'owt'
@@ -75,214 +77,121 @@ compile: bool | None = None  # torch.compile; by default on CUDA
 peak_flops: float | None = None  # FLOP/s that mfu is measured against
 activation_checkpointing = False  # compute the blocks twice instead of storing them: less memory
 profile = False  # profile one iteration: a table, and out_dir/trace.json
-config, given_keys, key_types = {}, set(), {}  # of the configurator; given: by a file or by --key
+
+# The configurator turns config files and --key=value into these globals. It leaves `config` (all keys and
+# their values), `given_keys` (those that a file or the command line has set) and `check_value`, and installs
+# the excepthook that prints a mistake as one line.
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
-# these imports take seconds: --help and most mistakes are answered before
+# These imports take seconds: --help and most mistakes are answered before.
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.common import atomic_write, link, set_aside
-from data.tokenizer import Tokenizer, read_tokenizer_spec
-from model import GPT, GPTConfig, choose_device, compile_method, one_line, peak_flops_of, read_checkpoint
+from data.common import atomic_write, keep_as_old, link
+from data.tokenizer import Tokenizer, one_line, read_tokenizer_spec
+from model import GPT, GPTConfig, UserError, choose_device, compile_method, peak_flops_of, read_checkpoint
 
-# ---------- The process: its place among the ranks, what it prints and records, how it ends ----------
-PROJECT = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
-distributed = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= set(os.environ)  # set by torchrun
-rank, local_rank, world_size = (
-    int(os.environ[name]) if distributed else alone
-    for name, alone in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))
-)
+# ---------- The process: its place among the ranks, its files, what it prints, how it is stopped ----------
+distributed = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'}.issubset(os.environ)  # torchrun sets all three
+rank = int(os.environ['RANK']) if distributed else 0
+local_rank = int(os.environ['LOCAL_RANK']) if distributed else 0
+world_size = int(os.environ['WORLD_SIZE']) if distributed else 1
 master_process = rank == 0  # prints and saves
-saving = dataset is not None and not eval_only  # whether this run leaves files
-ckpt_path, last_path, metrics_path = (
-    os.path.join(out_dir, name) for name in ('ckpt.pt', 'last.pt', 'metrics.jsonl')
-)
-stop_requested = False  # by SIGTERM or Ctrl-C; the loop stops where the state is complete
+no_bar = None if master_process else True  # tqdm's `disable`: None shows a bar, but on terminals only
+
+# These are known before a checkpoint is read: none has dataset=None, and out_dir and eval_only are not taken
+# from it.
+has_data = dataset is not None
+saving = has_data and not eval_only  # whether this run leaves files
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+last_path = os.path.join(out_dir, 'last.pt')
+metrics_path = os.path.join(out_dir, 'metrics.jsonl')
+
+# By default tqdm takes a lock that processes share. A distributed run ends by os._exit, which would leak it.
+tqdm.set_lock(RLock())
 
 
-class Log:
-    """What a run tells: lines on the screen, a progress bar under them, metrics.jsonl, Weights & Biases."""
-
-    def __init__(self):
-        self.bar, self.wandb_run = tqdm(disable=True), None
-        self.metrics_path = metrics_path
-        self.timings = []  # seconds per iteration, one for each log line
-        tqdm.set_lock(RLock())  # the default is a lock between processes, which os._exit leaks
-
-    def line(self, text):
-        if master_process:
-            tqdm.write(text)
-
-    def start_clock(self, iter_num):
-        """Times training from this iteration on. Called again after everything that is not training."""
-        if self.bar.total is None:
-            self.bar = tqdm(
-                total=max_iters,
-                initial=iter_num,
-                leave=False,
-                dynamic_ncols=True,
-                disable=None if master_process and not eval_only else True,
-                bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}',
-            )
-        self.bar.update(iter_num - self.bar.n)
-        self.clock, self.clock_iter = time.perf_counter(), iter_num
-        if iter_num == start_iter:
-            self.run_start = self.clock
-
-    def step(self, iter_num, loss, grad_norm):
-        """An iteration's log line and record. The time left follows from the mean speed of the whole run."""
-        now, done = time.perf_counter(), iter_num + 1
-        seconds = (now - self.clock) / (done - self.clock_iter)
-        left = round((now - self.run_start) / (done - start_iter) * (max_iters - done))
-        mfu = model.estimate_mfu(tokens_per_iter / block_size / world_size, seconds, peak_flops)
-        speed = (
-            f"{tokens_per_iter / seconds:,.0f} tok/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        )
-        self.bar.set_description_str(f"loss {loss:.4f}, {speed}", refresh=False)
-        self.line(
-            f"iter {iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, "
-            f"mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed}, {peak_memory():.2f} GB"
-        )
-        self.record(
-            'train',
-            iter_num,
-            loss=loss,
-            grad_norm=grad_norm if math.isfinite(grad_norm) else None,
-            mfu=mfu,
-            ms=seconds * 1000,
-            tokens_per_second=tokens_per_iter / seconds,
-        )
-        self.timings.append(seconds)
-        self.start_clock(done)
-
-    def record(self, kind, it, **values):
-        """A line of metrics.jsonl, of kind 'train' or 'eval', and the same to wandb."""
-        values = {'iter': it, 'tokens': earlier_tokens + it * tokens_per_iter, 'lr': get_lr(it), **values}
-        if master_process and saving:
-            with open(self.metrics_path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps({'kind': kind, **values}) + '\n')
-            self.to_wandb('log', values)
-
-    def open_metrics(self, metrics_bytes):
-        """A resumed run drops what came after its checkpoint, a new one leaves an earlier file alone."""
-        Path(f'{metrics_path}.part').unlink(missing_ok=True)  # of a run that never saved
-        if saved_iter is None and any(map(os.path.exists, (ckpt_path, last_path, metrics_path))):
-            self.metrics_path = f'{metrics_path}.part'  # until the first save
-        with open(self.metrics_path, 'wb+' if saved_iter is None else 'ab+') as f:
-            f.truncate(min(f.tell(), metrics_bytes))
-            f.seek(0)
-            f.truncate(f.read().rfind(b'\n') + 1)  # a line that somebody has torn
-
-    def open_wandb(self, run_id):
-        """Starts a run of Weights & Biases, or goes on with the one of run_id."""
-        try:
-            from wandb import init  # an error too for the folder `wandb` that its runs leave
-
-            self.wandb_run = init(
-                project=wandb_project,
-                name=wandb_run_name,
-                config=config,
-                id=run_id,
-                resume='allow' if run_id else None,
-            )
-            self.wandb_run.define_metric('*', step_metric='iter')  # so that a repeated point replaces itself
-        except Exception as error:  # of many kinds
-            fail(
-                f"wandb does not start ({one_line(error)}): `pip install wandb` if that is what it lacks, "
-                "WANDB_MODE=offline without a login or a server; or --wandb_log=False"
-            )
-
-    def to_wandb(self, method, *arguments):
-        """Calls a method of wandb's run, if there is one. A failure is a line, and training goes on."""
-        try:
-            if self.wandb_run:
-                getattr(self.wandb_run, method)(*arguments)
-        except Exception as error:  # of many kinds, and never worth a run
-            self.line(f"wandb has stopped ({one_line(error)}): {metrics_path} has all")
-            self.wandb_run = None
-            with suppress(Exception):  # else wandb prints the same again when Python exits
-                sys.modules['wandb'].teardown()
+def say(text):
+    """Prints a line above the progress bar, on rank 0. Once the terminal is gone, it prints no more."""
+    if not master_process:
+        return
+    try:
+        tqdm.write(text)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
 
 
-log = Log()
-
-
-def fail(message):
-    """Ends the run in one line."""
-    if local_rank:  # rank 0 prints first and torchrun then ends the others, unless this one fails alone
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
-    log.bar.close()
-    if distributed:
-        print(message, file=sys.__stderr__, flush=True)  # the wrapped sys.stderr puts the rank in front
-        os._exit(1)  # gloo's threads abort one teardown of the interpreter in twelve
-    sys.exit(str(message))
-
-
-def excepthook(kind, error, trace):
-    """One line for what is not a bug: what our own files raise, the file system, lost ranks, no memory."""
-    sys.stdout = None  # else Python would try once more to write to a full disk or a closed pipe
-    if kind is RuntimeError and isinstance(error.__context__, OSError):  # of torch.save
-        error = error.__context__
-    last = traceback.extract_tb(trace)[-1]
-    ours = Path(last.filename).resolve().parent in (ROOT, ROOT / 'data') and last.line.startswith('raise ')
-    if distributed and (isinstance(error, dist.DistError) or 'gloo' in str(error)):
-        fail(f"rank {rank}: lost the other ranks, go on with --init_from=resume ({one_line(error)})")
-    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        fail(f"out of memory on {device}: halve --batch_size, double --gradient_accumulation_steps")
-    elif isinstance(error, BrokenPipeError):  # python train.py … | head
-        fail("nobody reads this run's output any more: go on with --init_from=auto")
-    elif isinstance(error, OSError) or ours and isinstance(error, ValueError):
-        fail(f"{error.filename or out_dir}: {error.strerror}" if getattr(error, 'strerror', None) else error)
-    else:
-        default_excepthook(kind, error, error.__traceback__)
+stop_requested = False  # by a signal; the loop then saves and leaves
 
 
 def request_stop(number, frame):
+    """Handles the signals that ask a run to end. A second Ctrl-C ends it at once, whatever it is doing."""
     global stop_requested
     stop_requested = True
-    if not distributed:  # torchrun repeats the first Ctrl-C; here a second one ends the run at once
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if number == signal.SIGINT and not distributed:  # torchrun sends each rank the first Ctrl-C twice
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-default_excepthook, sys.excepthook = sys.excepthook, excepthook
-
-
-def all_reduce(values, operation=dist.ReduceOp.SUM):
-    """The sum, or another reduction, of a tensor over all ranks."""
+def all_reduce(tensor):
+    """Replaces the tensor by its sum over all ranks, and returns it."""
     if distributed:
-        dist.all_reduce(values, operation)
-    return values
+        dist.all_reduce(tensor)
+    return tensor
 
 
-# ---------- The run and the machine: folder, checkpoint to resume, settings, device ----------
-# Keys that are never taken from a checkpoint; a resumed run takes all others unless they are given
-NOT_TAKEN = 'out_dir init_from eval_only profile device dtype compile backend dist_timeout peak_flops'.split()
+# ---------- The folder: the checkpoint to go on from, and the commands that we print ----------
+# ckpt.pt       the newest evaluated model or, with always_save_checkpoint=False, the best one
+# last.pt       the newest state, as long as it is newer than ckpt.pt: after a stop, after
+#               checkpoint_interval, and after an evaluation that was not the best
+# ckpt-N.pt     what ckpt.pt was after N iterations, if keep_checkpoints is above 1
+# NAME.old      a file of an earlier run, or of this one before its data changed. Where .old is taken, it is
+#               .old1, then .old2 …; files that are set aside together get the same ending
+#
+# A resumed run takes all settings from its checkpoint, but for those that were given, and for these.
+MACHINE_KEYS = ('device', 'dtype', 'compile', 'backend', 'dist_timeout', 'peak_flops')
+KEYS_NOT_RESUMED = ('out_dir', 'init_from', 'eval_only', 'profile', *MACHINE_KEYS)
+machine_arguments = [f'--{key}={config[key]}' for key in MACHINE_KEYS if key in given_keys]
 
 
-def set_keys(**values):
-    """Rebinds keys that were left open. A key is a global and an entry of config, always the same."""
-    globals().update(values)
-    config.update(values)
+def resume_command(folder, *arguments):
+    """The command that goes on with the run in `folder`, on this machine."""
+    python = 'torchrun …' if distributed else 'python'
+    script = [sys.argv[0], '--init_from=resume', f'--out_dir={folder}']
+    return f"{python} {shlex.join([*script, *machine_arguments, *arguments])}"
+
+
+def restore_command(old_names):
+    """The command that goes on with a run that was set aside, {'out/ckpt.pt': 'out/ckpt.pt.old', …}. It moves
+    the run into a folder of its own."""
+    folder = f'{os.path.normpath(out_dir)}-old'
+    while os.path.exists(folder):
+        folder += '-old'
+    commands = [['mkdir', folder]]
+    for name, old_name in old_names.items():
+        commands.append(['mv', old_name, os.path.join(folder, os.path.basename(name))])
+    return ' && '.join([*map(shlex.join, commands), resume_command(folder)])
 
 
 def lock_out_dir():
     """Makes out_dir and locks it for this process, for as long as the returned file is open."""
     os.makedirs(out_dir, exist_ok=True)
     lock = open(os.path.join(out_dir, '.lock'), 'a')
-    with suppress(ImportError):  # on Windows
+    with suppress(ImportError):  # Windows has no such locks
         import fcntl
 
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a notebook may lock again what it has locked
-        except (BlockingIOError, PermissionError):
-            fail(f"another run is writing to {out_dir}: give this one another --out_dir")
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another run is writing to {out_dir}: give this one another --out_dir"
+            ) from error
         except OSError as error:  # some network file systems
-            log.line(f"{out_dir} cannot be locked ({error.strerror}): do not start another run there")
+            say(f"{out_dir} cannot be locked ({error.strerror}): do not start another run there")
     return lock
 
 
@@ -292,73 +201,121 @@ def kept_checkpoints():
     return [str(path) for path in sorted(kept, key=lambda path: -int(path.stem[5:]))]
 
 
-def newest_checkpoint():
-    """(checkpoint, its path, iteration of ckpt.pt) of ckpt.pt or last.pt, whichever is newer and has not
-    exploded; where neither will do, of the newest one that was kept. Damaged ones are named."""
-    needed = ('iter_num', 'config') if eval_only else ('iter_num', 'config', 'optimizer')
-    read, paths = {}, found or [ckpt_path]
-    for path in paths:
-        try:
-            if path == last_path or all(checkpoint.get('exploded') for checkpoint in read.values()):
-                read[path] = read_checkpoint(path, needed)
-        except ValueError as error:
-            if path == paths[-1] and not read:
-                raise
-            log.line(str(error))
-    path = max(read, key=lambda path: (not read[path].get('exploded'), read[path]['iter_num']))
-    return read[path], path, read.get(ckpt_path, {}).get('iter_num')
+def newest_old_files():
+    """The run that was set aside last in out_dir, as {name: NAME.old}. Empty if there is none."""
+    old_checkpoints = [path for path in Path(out_dir).glob('*.pt.old*') if path.suffix.startswith('.old')]
+    # A kill may have left two names of one file, of the same age. The greater number was given later.
+    order = {path: (os.path.getmtime(path), len(path.suffix), path.suffix) for path in old_checkpoints}
+    newest = max(old_checkpoints, key=order.get, default=None)
+    if newest is None:
+        return {}
+    ending = newest.suffix  # .old, or .old1 …
+    old_paths = [*Path(out_dir).glob(f'*.pt{ending}'), *Path(out_dir).glob(f'metrics.jsonl{ending}')]
+    return {str(path.with_suffix('')): str(path) for path in old_paths}
 
+
+def read_newest_checkpoint(paths):
+    """Reads the newer of ckpt.pt and last.pt, or the newest ckpt-N.pt if these are damaged. `paths` has them
+    in this order. Names what is damaged, and raises UserError if all are.
+
+    Returns the checkpoint, its path, and {path: iteration} of all that were read."""
+    needed = ('iter_num', 'config') if eval_only else ('iter_num', 'config', 'optimizer')
+    checkpoints = {}
+    problems = []
+    for path in paths:
+        if checkpoints and path not in (ckpt_path, last_path):
+            break  # one of these two is whole
+        try:
+            checkpoint = read_checkpoint(path, needed)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if checkpoint.get('exploded'):  # earlier versions of train.py wrote such a last.pt
+            problems.append(f"{path} holds a model that has exploded, and is left out")
+            continue
+        checkpoints[path] = checkpoint
+
+    if not checkpoints:
+        raise UserError('; '.join(problems))
+    for problem in problems:
+        say(problem)
+    iterations = {path: checkpoint['iter_num'] for path, checkpoint in checkpoints.items()}
+    newest = max(iterations, key=iterations.get)
+    return checkpoints[newest], newest, iterations
+
+
+found = [path for path in (ckpt_path, last_path, *kept_checkpoints()) if os.path.exists(path)]
+set_aside = {} if found else newest_old_files()
+
+# Where only .old files are left, a new run was killed before its first save. There `auto` does not begin anew
+# in silence, but is answered like `resume`.
+if init_from == 'auto':
+    init_from = 'resume' if found or set_aside else 'scratch'
+    config['init_from'] = init_from
+if init_from == 'resume' and set_aside:
+    command = restore_command(set_aside)
+    raise UserError(f"no checkpoint at {ckpt_path}: bring back the run that was set aside by `{command}`")
+if init_from == 'resume' and not found:
+    raise UserError(f"no checkpoint at {ckpt_path}: train first, or name the folder with --out_dir")
 
 folder_lock = lock_out_dir() if master_process and (saving or profile) else None
-found = [path for path in (ckpt_path, last_path, *kept_checkpoints()) if os.path.exists(path)]
-if init_from == 'auto':
-    set_keys(init_from='resume' if found else 'scratch')
-checkpoint, resume_path, ckpt_iter = newest_checkpoint() if init_from == 'resume' else ({}, None, None)
-start_iter, saved_iter = checkpoint.get('iter_num', 0), checkpoint.get('iter_num')  # saved: in a file
-saved_config = {
-    key: float(value) if type(value) is int and float in key_types[key] else value
-    for key, value in checkpoint.get('config', {}).items()
-    if key in config and key not in NOT_TAKEN
-}
-for key in saved_config.keys() - given_keys:
-    if type(saved_config[key]) not in key_types[key] and saved_config[key] not in key_types[key]:
-        fail(f"{resume_path} has {key}={saved_config[key]!r}: set it to what --help lists")
-    set_keys(**{key: saved_config[key]})
+checkpoint = {}
+resume_path = None
+saved_iter = {}  # {path: iteration} of the checkpoints that are known to be whole; save_checkpoint adds to it
+if init_from == 'resume':
+    checkpoint, resume_path, saved_iter = read_newest_checkpoint(found)
 
-for least, keys in (
-    (1, 'eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size'),
-    (0, 'seed max_iters warmup_iters grad_clip checkpoint_interval learning_rate weight_decay'),
-):
-    for key in keys.split():
-        if config[key] is not None and config[key] < least:
-            fail(f"{key} must be at least {least}, not {config[key]}")
-if dataset is None and (eval_only or resume_path or max_iters <= log_interval):
-    fail("dataset=None only times training, for more than log_interval iterations: name a --dataset")
+# ---------- The settings: those of the checkpoint, then what the machine and the keys leave open ----------
+for key, value in checkpoint.get('config', {}).items():
+    if key in config and key not in given_keys and key not in KEYS_NOT_RESUMED:
+        globals()[key] = config[key] = check_value(resume_path, key, value)
+
+for key in 'eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size'.split():
+    if config[key] == 0:
+        raise UserError(f"{key} must be at least 1, not 0")
+if not has_data and (eval_only or resume_path or max_iters <= log_interval):
+    raise UserError(
+        "dataset=None only times training, for more than log_interval iterations: name a --dataset"
+    )
 if gradient_accumulation_steps % world_size:
-    fail(
+    possible = math.ceil(gradient_accumulation_steps / world_size) * world_size
+    raise UserError(
         f"gradient_accumulation_steps {gradient_accumulation_steps} is not divisible by the world size "
-        f"{world_size}: try {math.ceil(gradient_accumulation_steps / world_size) * world_size}"
+        f"{world_size}: try {possible}"
     )
 
 device, dtype = choose_device(device, dtype, local_rank)
 device_type = torch.device(device).type
-set_keys(
-    device=device,
-    dtype=dtype,
-    peak_flops=peak_flops or peak_flops_of(device, dtype),
-    backend=backend or ('nccl' if device_type == 'cuda' else 'gloo'),
-    compile=device_type == 'cuda' and os.name == 'posix' if compile is None else compile,
-)
-if distributed and (device_type == 'mps' or not dist.is_backend_available(backend)):
-    fail(f"backend {backend!r} on {device}: this PyTorch has none; --device=cpu --backend=gloo runs anywhere")
-if dropout and activation_checkpointing and (device_type == 'mps' or compile and device_type == 'cuda'):
-    fail("backward would draw other dropout: leave off activation_checkpointing or, on CUDA, compile")
+if backend is None:
+    backend = 'nccl' if device_type == 'cuda' else 'gloo'
+if compile is None:
+    compile = device_type == 'cuda' and os.name == 'posix'
+if peak_flops is None:
+    peak_flops = peak_flops_of(device, dtype)
+config.update(device=device, dtype=dtype, backend=backend, compile=compile, peak_flops=peak_flops)
+
+# No backend knows mps.
+backend_is_there = device_type != 'mps' and dist.is_available() and dist.is_backend_available(backend)
+if distributed and not backend_is_there:
+    raise UserError(
+        f"backend {backend!r} on {device}: this PyTorch has none; --device=cpu --backend=gloo runs anywhere"
+    )
+# Backward computes the blocks again, and must draw the same dropout: on mps and in compiled code for CUDA,
+# PyTorch does not.
+draws_differ = device_type == 'mps' or (compile and device_type == 'cuda')
+if dropout and activation_checkpointing and draws_differ:
+    raise UserError(
+        "backward would draw other dropout: leave off activation_checkpointing or, on CUDA, compile"
+    )
+
 if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 where float32 remains
-with suppress(AttributeError, OSError, TypeError):  # glibc only: saves up to a third of a step
-    ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no pages of its own for a large block
-    ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
+# By default glibc gives large blocks back to the system, and a third of a CPU's step is spent on getting them
+# again: -4 is M_MMAP_MAX, -1 is M_TRIM_THRESHOLD. Other systems lack mallopt and need none.
+with suppress(AttributeError, OSError, TypeError):
+    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, -1)
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
@@ -372,292 +329,665 @@ def peak_memory():
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1e-9 if sys.platform == 'darwin' else 1.024e-6)  # bytes on macOS, KiB elsewhere
+    return peak / 1e9 if sys.platform == 'darwin' else peak * 1024 / 1e9  # Linux counts in KiB
 
 
-# Randomness is a function of (seed, stream, iteration, micro-step): nothing of it needs saving, and a
-# micro-batch is the same whichever rank draws it. (The ranks take the micro-steps in turn.)
+# Randomness is a function of (seed, stream, iteration, micro-step). Nothing of it needs saving, and a
+# micro-batch is the same whichever rank draws it: rank r of W runs the micro-steps r, r + W, r + 2 W …
 STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3, 'epoch': 4}
-
-rewinds = checkpoint.get('rewinds', 0)  # how often the run went back since its best model: other batches
 
 
 def rng(stream, iteration, micro_step=0):
-    shift = 0 if stream.startswith('eval') else rewinds << 32
-    return np.random.default_rng((seed, STREAMS[stream], iteration + shift, micro_step))
+    return np.random.default_rng((seed, STREAMS[stream], iteration, micro_step))
 
 
-# ---------- The model and its optimizer ----------
+# ---------- The model, its optimizer, and the state of the run ----------
 data_dir = ROOT / 'data' / (dataset or '')
-prepare_command = f"python {os.path.join(PROJECT, 'data', dataset or '', 'prepare.py')}"
-for path in (data_dir / 'train.bin', data_dir / 'val.bin') if dataset else ():
-    if not path.is_file():
-        known = {p.parent.name for name in ('prepare.py', 'train.bin') for p in ROOT.glob(f'data/*/{name}')}
-        fail(
-            f"there is no {path}: "
-            + (
-                f"run `{prepare_command}` first"
-                if (data_dir / 'prepare.py').exists()
-                else f"dataset {dataset!r} is none of {', '.join(sorted(known))}"
-            )
-        )
-tokenizer_spec = read_tokenizer_spec(data_dir) if dataset else {'kind': 'gpt2'}
+project = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
+prepare_command = f"python {os.path.join(project, 'data', dataset or '', 'prepare.py')}"
 
 
-def make_model(checkpoint):
-    """The model of a checkpoint to go on from, or a new one, or the one that init_from names."""
-    source = checkpoint.get('tokenizer', tokenizer_spec)  # nanoGPT's checkpoints have none
-    if checkpoint:
+def check_data_files():
+    """Raises UserError if train.bin or val.bin is missing, with what there is instead."""
+    for path in (data_dir / 'train.bin', data_dir / 'val.bin'):
+        if path.is_file():
+            continue
+        if (data_dir / 'prepare.py').exists():
+            raise UserError(f"there is no {path}: run `{prepare_command}` first")
+        files = [p for p in ROOT.glob('data/*/*') if p.name in ('prepare.py', 'train.bin')]
+        known = {p.parent.name for p in files}
+        raise UserError(f"there is no {path}: dataset {dataset!r} is none of {', '.join(sorted(known))}")
+
+
+if has_data:
+    check_data_files()
+tokenizer_spec = read_tokenizer_spec(data_dir) if has_data else {'kind': 'gpt2'}
+
+
+def new_vocab_size():
+    """The tokenizer's, filled up to a multiple of 64, which GPUs multiply faster; of characters as it is."""
+    if tokenizer_spec['kind'] == 'gpt2':
+        return 50304  # 50257 tokens
+    tokens = tokenizer_spec.get('vocab_size') or Tokenizer(tokenizer_spec).vocab_size
+    return tokens if tokenizer_spec['kind'] == 'char' else math.ceil(tokens / 64) * 64
+
+
+def make_model():
+    """The model of the checkpoint, or a new one, or the one that init_from names."""
+    if resume_path:
         model = GPT.from_checkpoint(checkpoint, dropout)
+        if 'tokenizer' not in checkpoint:  # nanoGPT's have none
+            model.tokenizer_source = tokenizer_spec
     elif init_from == 'scratch':
-        n = 50257 if source['kind'] == 'gpt2' else source.get('vocab_size') or Tokenizer(source).vocab_size
-        vocab_size = n if source['kind'] == 'char' else math.ceil(n / 64) * 64  # GPUs like multiples of 64
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+        sizes = dict(block_size=block_size, vocab_size=new_vocab_size())
+        sizes.update(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        model = GPT(GPTConfig(**sizes, dropout=dropout, bias=bias))
+        model.tokenizer_source = tokenizer_spec
     else:
-        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        source = model.tokenizer_source
-    if dataset and source != tokenizer_spec and not model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
-        raise ValueError(f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}")
-    model.crop_block_size(min(block_size, model.config.block_size))
-    return model.to(device).train()
-
-
-def make_optimizer(checkpoint):
-    """On resume the moments are the checkpoint's; learning rate, weight decay and betas those of the keys."""
-    optim = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
-    if not checkpoint or eval_only:
-        return optim
-    try:
-        saved, groups = checkpoint['optimizer'], optim.state_dict()['param_groups']
-        for ours, theirs in zip(groups, saved['param_groups'], strict=True):
-            ours['params'] = theirs['params']
-        optim.load_state_dict({'state': saved['state'], 'param_groups': groups})
-        wpe = optim.state.get(model.transformer.wpe.weight, {})
-        wpe.update({name: m[:block_size].clone() for name, m in wpe.items() if m.dim()})  # cropped like wpe
-        for p, state in optim.state.items():
-            names = ('momentum',) if 'momentum' in state else ('exp_avg', 'exp_avg_sq')
-            shapes = {name: m.shape for name, m in state.items() if m.is_contiguous()}
-            if shapes != {'step': (), **dict.fromkeys(names, p.shape)}:  # fused AdamW writes by memory order
-                raise ValueError("moments that are missing or of other shapes")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{resume_path} has the state of another --optimizer than {optimizer}") from error
-    return optim
+        model = GPT.from_pretrained(init_from, {'dropout': dropout})
+    return model
 
 
 torch.manual_seed(seed)
-model = make_model(checkpoint)
-model.activation_checkpointing = activation_checkpointing
-optim = make_optimizer(checkpoint)
-scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())  # {} if the scaler was off
-iter_num, best_val_loss = start_iter, checkpoint.get('best_val_loss', math.inf)
-# What a checkpoint tells of its model: nanoGPT's seven keys, and one more only where we depart from nanoGPT
-model_args = {
-    key: getattr(model.config, key)
-    for key in (
-        'n_layer',
-        'n_head',
-        'n_embd',
-        'block_size',
-        'bias',
-        'dropout',
-        'vocab_size',
-        *(('activation',) if model.config.activation != 'gelu' else ()),
-    )
-}
-for key in model_args:
-    if key in config and config[key] != model_args[key]:
-        log.line(f"{key} is {model_args[key]!r}, as the weights have it, not {config[key]!r}")
-        set_keys(**{key: model_args[key]})
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-earlier_tokens = checkpoint.get('tokens', start_iter * tokens_per_iter) - start_iter * tokens_per_iter
+model = make_model()
 
+# Two tokenizers may come from different files and still be the same, as GPT-2's own and that of an export.
+if has_data and model.tokenizer_source != tokenizer_spec:
+    if not model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
+        raise UserError(f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}")
+
+# The weights decide the sizes. Where a key says otherwise, a line tells it; on resume a key that was given is
+# an error instead. Only block_size may be smaller, which crops the context.
+for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size'):
+    size = getattr(model.config, key)
+    if config[key] == size or (key == 'block_size' and block_size < size):
+        continue
+    if resume_path and key in given_keys:
+        raise UserError(
+            f"{resume_path} has {key} {size}, not {config[key]}: leave --{key} off, or start a new run in "
+            "another --out_dir"
+        )
+    say(f"{key} is {size!r}, as the weights have it, not {config[key]!r}")
+    globals()[key] = config[key] = size
+
+context_was_cropped = block_size < model.config.block_size
+model.crop_block_size(block_size)
+model.to(device).train()
+model.activation_checkpointing = activation_checkpointing
+vocab_size = model.config.vocab_size
+
+
+# What AdamW keeps for a parameter, and what Muon does.
+OPTIMIZER_STATES = ({'step', 'exp_avg', 'exp_avg_sq'}, {'step', 'momentum'})
+
+
+def make_optimizer():
+    """The optimizer, on resume with the checkpoint's moments. Its rates and betas are those of the keys."""
+    optim = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
+    if not resume_path or eval_only:
+        return optim
+    settings = [{key: group[key] for key in group if key != 'params'} for group in optim.param_groups]
+    try:
+        # This takes the checkpoint's rates, betas and decay too, so those of the keys are put back.
+        optim.load_state_dict(checkpoint['optimizer'])
+        for group, own in zip(optim.param_groups, settings, strict=True):
+            group.update(own)
+
+        for p, moments in optim.state.items():
+            if set(moments) not in OPTIMIZER_STATES:
+                raise ValueError("moments are missing")
+            moments['step'] = moments['step'].reshape(())
+            for name in set(moments) - {'step'}:
+                moment = moments[name][: p.size(0)]  # longer only for wpe, where the context was cropped
+                if moment.shape != p.shape:
+                    raise ValueError("moments have another shape")
+                # Fused AdamW ignores strides, which a file may have set as it likes.
+                moments[name] = moment.clone(memory_format=torch.contiguous_format)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{resume_path} has the state of another --optimizer than {optimizer}") from error
+    return optim
+
+
+optim = make_optimizer()
+if checkpoint.get('scaler'):  # {} where float16 was not used
+    scaler.load_state_dict(checkpoint['scaler'])
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+
+
+@dataclass
+class State:
+    """All that changes while a run runs, beside weights and moments. Checkpoints have these names too."""
+
+    iter_num: int = 0  # the iteration that comes next
+    best_val_loss: float = math.inf
+    tokens: int = 0  # that training has read so far
+
+
+state = State()
+if resume_path:
+    state.iter_num = checkpoint['iter_num']
+    state.best_val_loss = checkpoint['best_val_loss']  # read_checkpoint has made a float of nanoGPT's tensor
+    state.tokens = checkpoint.get('tokens', state.iter_num * tokens_per_iter)  # nanoGPT's have none
+first_iter = state.iter_num  # of this process
 
 # ---------- The data ----------
-def open_bin(path):
-    """The tokens of a .bin file, (n,) uint16, read from disk as they are used."""
+# Tokens of no meaning, where the loop is only to be timed.
+random_tokens = None
+if not has_data:
+    length = max(2**20, 2 * block_size)
+    random_tokens = rng('train', 0).integers(min(vocab_size, 50257), size=length, dtype='<u2')
+
+
+def open_bin(name):
+    """The tokens of train.bin or val.bin, (n,) uint16, read from disk as they are used.
+
+    It is opened anew for every batch: until a map is closed, what was read through it counts as memory."""
+    return np.memmap(data_dir / name, dtype='<u2', mode='r') if has_data else random_tokens
+
+
+def count_tokens(name):
+    """The length of a .bin file in tokens. Raises UserError if it is cut off or too short."""
+    if not has_data:
+        return len(random_tokens)
+    path = data_dir / name
     size = path.stat().st_size
     if size % 2:
-        fail(f"{path} is cut off in the middle of a token: run `{prepare_command}` again")
+        raise UserError(f"{path} is cut off in the middle of a token: run `{prepare_command}` again")
     if size // 2 <= block_size:
-        fail(
+        raise UserError(
             f"{path} holds {size // 2} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
             "use a smaller --block_size or more text"
         )
-    return np.asarray(np.memmap(path, dtype='<u2', mode='r'))
+    return size // 2
 
 
-if dataset is None:
-    train_data = val_data = rng('train', 0).integers(
-        min(model_args['vocab_size'], 50257), dtype='<u2', size=max(2**20, 2 * block_size)
-    )
-else:
-    train_data, val_data = open_bin(data_dir / 'train.bin'), open_bin(data_dir / 'val.bin')
-eval_batches = eval_iters or math.ceil((len(val_data) - 1) / (batch_size * block_size))
-blocks = max(1, len(train_data) // block_size - 1)  # per epoch, one fewer than fit: room for the offset
+train_count = count_tokens('train.bin')
+val_count = count_tokens('val.bin')
 
 
-@lru_cache(maxsize=2)
-def blocks_of_epoch(epoch, rewinds):
-    """Where the blocks of train.bin begin, (blocks,), in the random order and at the offset of this epoch."""
+def digest_of_data():
+    """Tells these data from others, in milliseconds: the lengths, all of val.bin, 64 pages of train.bin."""
+    train_tokens = open_bin('train.bin')
+    digest = hashlib.sha256(f'{train_count} {val_count}'.encode())
+    digest.update(open_bin('val.bin'))
+    for start in np.linspace(0, train_count, num=64, endpoint=False, dtype=np.int64):
+        digest.update(train_tokens[start : start + 2048])  # a page of 4 KiB
+    return digest.hexdigest()
+
+
+data_digest = digest_of_data() if has_data else None
+# On other data, or with a shorter context, the best loss of the checkpoint is no measure any more.
+data_changed = checkpoint.get('data_digest', data_digest) != data_digest  # nanoGPT's have none: the same data
+best_starts_anew = resume_path is not None and (data_changed or context_was_cropped)
+if best_starts_anew:
+    state.best_val_loss = math.inf
+eval_batches = eval_iters or math.ceil((val_count - 1) / (batch_size * block_size))
+
+# An epoch has one block fewer than would fit, so that its blocks can begin at a random offset. So over many
+# epochs a token is seen at every position of a block.
+blocks_per_epoch = max(1, train_count // block_size - 1)
+
+
+@lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+def blocks_of_epoch(epoch):
+    """Where the blocks of train.bin begin, (blocks_per_epoch,), in the random order of this epoch."""
     random = rng('epoch', epoch)
-    offset = random.integers(len(train_data) - blocks * block_size)  # in the end every token has its turn
-    return offset + block_size * random.permutation(blocks)
+    # The last target, at offset + blocks_per_epoch * block_size, is at most the last token.
+    offset = random.integers(train_count - blocks_per_epoch * block_size)
+    return offset + block_size * random.permutation(blocks_per_epoch)
 
 
-@lru_cache(maxsize=1)  # so that the next batch can be read ahead
-def get_batch(stream, iteration, micro_step):
-    """X, Y (B, T) int64 on the device: windows of tokens, and the same shifted by one, -1 past the end."""
-    name, data = ('val.bin', val_data) if stream == 'eval-val' else ('train.bin', train_data)
-    in_order = stream == 'eval-val' and eval_iters is None
-    if in_order:
-        starts = (micro_step * batch_size + np.arange(batch_size)) * block_size
-    elif stream == 'train' and sampler == 'epoch':
+def window_starts(stream, iteration, micro_step):
+    """Where the sequences of a micro-batch begin in their .bin file, (B,)."""
+    if stream == 'eval-val' and eval_iters is None:  # once through, in order
+        return (micro_step * batch_size + np.arange(batch_size)) * block_size
+    if stream == 'train' and sampler == 'epoch':
         first = (iteration * gradient_accumulation_steps + micro_step) * batch_size
-        epochs, indices = divmod(first + np.arange(batch_size), blocks)
-        starts = np.array([blocks_of_epoch(n, rewinds)[i] for n, i in zip(epochs, indices, strict=True)])
-    else:
-        starts = rng(stream, iteration, micro_step).integers(len(data) - block_size, size=batch_size)
+        epochs, indices = divmod(first + np.arange(batch_size), blocks_per_epoch)
+        starts = [blocks_of_epoch(epoch)[i] for epoch, i in zip(epochs, indices, strict=True)]
+        return np.array(starts)
+    # Otherwise they are drawn at random, for an evaluation always the same.
+    count = val_count if stream == 'eval-val' else train_count
+    return rng(stream, iteration, micro_step).integers(count - block_size, size=batch_size)
+
+
+@lru_cache(maxsize=1)  # so that train_step can ask for the next batch while the device works on this one
+def get_batch(stream, iteration, micro_step):
+    """X, Y (B, T) int64 on the device: windows of tokens, and their targets, -1 past the end of the data."""
+    name = 'val.bin' if stream == 'eval-val' else 'train.bin'
+    data = open_bin(name)
+    starts = window_starts(stream, iteration, micro_step)
     positions = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
-    tokens = data[np.minimum(positions, len(data) - 1)]  # (B, T + 1) uint16
-    if tokens.max() >= model_args['vocab_size']:
-        fail(
+    is_beyond = positions >= len(data)  # only in the last batch of a val.bin that is read in order
+    tokens = np.asarray(
+        data[np.where(is_beyond, 0, positions)]
+    )  # (B, T + 1) uint16; targets beyond are masked below
+    if tokens.max() >= vocab_size:
+        raise UserError(
             f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at "
-            f"{model_args['vocab_size'] - 1}: was the data prepared with another tokenizer?"
+            f"{vocab_size - 1}: was the data prepared with another tokenizer?"
         )
-    tokens = torch.from_numpy(tokens.view(np.int16))  # uint16 is rarely supported
-    tokens = tokens.pin_memory() if device_type == 'cuda' else tokens
-    tokens = tokens.to(device, non_blocking=True).long() & 0xFFFF  # (B, T + 1), unsigned again
-    X, Y = tokens[:, :-1], tokens[:, 1:].contiguous()
-    if in_order:
-        Y = Y.masked_fill(torch.from_numpy(positions[:, 1:] >= len(data)).to(device), -1)
+
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    if device_type == 'cuda':
+        tokens = tokens.pin_memory()  # so that the copy can run beside the computation
+    tokens = tokens.to(device, non_blocking=True)  # (B, T + 1)
+    X = tokens[:, :-1]  # (B, T)
+    Y = tokens[:, 1:].contiguous()  # (B, T), which the loss wants flat
+
+    if is_beyond.any():
+        Y = Y.masked_fill(torch.from_numpy(is_beyond[:, 1:]).to(device), -1)
     return X, Y
 
 
-# ---------- torch.compile, then DistributedDataParallel ----------
-log.line(f"tokens per iteration will be: {tokens_per_iter:,}")
-log.line(
-    (
-        f"resuming {resume_path} at iteration {start_iter}"
-        if resume_path
-        else "a new model"
-        if init_from == 'scratch'
-        else f"weights from {init_from}"
+# ---------- The learning rate ----------
+def get_lr(iteration):
+    """Linear warm-up to learning_rate, then down to min_lr in the shape that lr_schedule names."""
+    if not decay_lr:
+        return learning_rate
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    if iteration >= lr_decay_iters:
+        return min_lr
+
+    progress = (iteration - warmup_iters) / (lr_decay_iters - warmup_iters)
+    if lr_schedule == 'cosine':  # Loshchilov & Hutter 2017
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
+    elif lr_schedule == 'linear':
+        factor = 1 - progress
+    else:  # wsd: Hu et al. 2024, MiniCPM
+        factor = min(1, 5 * (1 - progress))
+    return min_lr + factor * (learning_rate - min_lr)
+
+
+# ---------- The log ----------
+def set_aside_earlier_run():
+    """Renames the files of an earlier run in out_dir to NAME.old, and says what they are."""
+    # All second names are made before the first name goes. They go in this order: a kill leaves a run that
+    # can be resumed as long as ckpt.pt or last.pt is there, and after that a folder with .old files only.
+    old_names = keep_as_old([*kept_checkpoints(), ckpt_path, last_path, metrics_path])
+    for name in old_names:
+        os.unlink(name)
+    if not old_names:
+        return
+
+    description = f"an earlier run is kept as {', '.join(old_names.values())}"
+    old_checkpoint = old_names.get(ckpt_path) or old_names.get(last_path)
+    if old_checkpoint:
+        with suppress(UserError, KeyError):  # a damaged one is kept all the same
+            old = read_checkpoint(old_checkpoint)
+            description += f", of iteration {old['iter_num']} and best val loss {old['best_val_loss']:.4f}"
+        description += f"; to go on with it: `{restore_command(old_names)}`"
+    say(description)
+
+
+def begin_metrics():
+    """Cuts metrics.jsonl off where this process begins, and adds a line with the settings."""
+    lines = []
+    if os.path.exists(metrics_path):
+        for line in Path(metrics_path).read_bytes().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a line that a kill has torn
+                if json.loads(line)['iter'] < first_iter:
+                    lines.append(line + b'\n')
+    run = {
+        'kind': 'run',
+        'iter': first_iter,
+        'settings': config,
+        'parameters': model.get_num_params(),
+        'train_tokens': train_count,
+        'val_tokens': val_count,
+        'processes': world_size,
+        'gpu': torch.cuda.get_device_name() if device_type == 'cuda' else None,
+        'versions': {'python': platform.python_version(), 'torch': torch.__version__},
+    }
+    with atomic_write(metrics_path) as f:
+        f.writelines([*lines, json.dumps(run).encode() + b'\n'])
+
+
+@cache  # it runs once: before the first line of metrics.jsonl and before the first save
+def claim_out_dir():
+    """Makes the folder this run's. A run that is stopped before that leaves it as it was."""
+    if resume_path is None:
+        set_aside_earlier_run()
+    elif best_starts_anew:
+        old_names = keep_as_old([*kept_checkpoints(), ckpt_path, last_path])
+        say(f"kept: {', '.join(old_names.values())}")
+    begin_metrics()
+
+
+def perplexity(loss):
+    """The loss of all of val.bin as papers give it: per token, and per word where prepare.py counted them."""
+    counts = {'token': val_count - 1}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        counts['word'] = int(json.loads((data_dir / 'words.json').read_text())['val'])
+    nats = loss * counts['token']
+    texts = [f"{np.exp(nats / count):.2f} per {unit} ({count:,})" for unit, count in counts.items()]
+    return f"val.bin once through: perplexity {', '.join(texts)}"
+
+
+def way_back():
+    """What to do about a model that has exploded, with the command."""
+    evaluated = [path for path in saved_iter if path != last_path]
+    if not evaluated:
+        return "Start again with a lower --learning_rate or another --seed"
+    path = max(evaluated, key=saved_iter.get)
+    command = resume_command(out_dir, f'--seed={seed + 1}')
+    if last_path in saved_iter:  # it is newer, and would be resumed instead
+        unwanted = os.path.join(out_dir, f'last-{saved_iter[last_path]}.pt')
+        command = f"{shlex.join(['mv', last_path, unwanted])} && {command}"
+    return (
+        f"Go on from {path} of iteration {saved_iter[path]} with other batches by `{command}`, or with "
+        f"--learning_rate={learning_rate / 2:g} in the place of --seed"
     )
-    + f": {model.get_num_params() / 1e6:.2f}M parameters, vocabulary {model_args['vocab_size']}; "
-    f"{device}, {dtype}"
-    + " (this CPU has units for it)" * ((device, dtype) == ('cpu', 'bfloat16') and 'dtype' not in given_keys)
-    + f", {world_size} processes" * distributed
-)
+
+
+def check_finite(finite, what):
+    """Ends the run, before it saves, if a loss or a weight is not finite: it can only get worse."""
+    if not finite:
+        raise UserError(f"iteration {state.iter_num}: {what} is not finite. {way_back()}")
+
+
+def hours_minutes_seconds(seconds):
+    """5025 -> 1:23:45."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class Log:
+    """What a run tells as it goes: lines, a progress bar below them, metrics.jsonl, and Weights & Biases."""
+
+    def __init__(self):
+        self.bar = tqdm(disable=True)  # start opens it
+        self.wandb_run = None
+        self.wandb_id = checkpoint.get('wandb_id')
+        self.timings = []  # seconds per iteration, one for each log line
+
+    def start(self):
+        """Opens the progress bar, where training begins."""
+        self.bar = tqdm(
+            total=max_iters,
+            initial=first_iter,
+            leave=False,
+            dynamic_ncols=True,
+            disable=True if eval_only else no_bar,
+            bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}',
+        )
+        self.start_clock()
+
+    def start_clock(self):
+        """Times training from here on. Called again after everything that is not training."""
+        self.bar.update(state.iter_num - self.bar.n)
+        self.clock = time.perf_counter()
+        self.clock_iter = state.iter_num
+        if self.clock_iter == first_iter:
+            self.first_clock = (
+                self.clock
+            )  # behind the first evaluation; the time left includes the later ones
+
+    def step(self, loss, grad_norm):
+        """An iteration's log line and record. The time left follows from the mean speed of this process."""
+        now = time.perf_counter()
+        done = state.iter_num + 1
+        seconds = (now - self.clock) / (done - self.clock_iter)
+        seconds_left = (now - self.first_clock) / (done - first_iter) * (max_iters - done)
+        sequences = tokens_per_iter / block_size / world_size  # of one process
+        mfu = model.estimate_mfu(sequences, seconds, peak_flops)
+        mfu_text = 'n/a' if mfu is None else f'{mfu:.2%}'
+        speed = f"{tokens_per_iter / seconds:,.0f} tok/s, {hours_minutes_seconds(seconds_left)} left"
+
+        self.bar.set_description_str(f"loss {loss:.4f}, {speed}", refresh=False)
+        say(
+            f"iter {state.iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu_text}, {speed}, "
+            f"{peak_memory():.2f} GB"
+        )
+        timing = {'ms': seconds * 1000, 'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu}
+        if not math.isfinite(grad_norm):
+            grad_norm = None  # in float16, where the scaler skips such a step; JSON has no word for it
+        self.record('train', loss=loss, grad_norm=grad_norm, **timing)
+        self.timings.append(seconds)
+        if len(self.timings) == 2:  # the first iteration of a process is slower than the others
+            self.announce_checkpoints(seconds)
+        self.bar.update(done - self.bar.n)
+        self.clock = now
+        self.clock_iter = done
+
+    def announce_checkpoints(self, seconds_per_iter):
+        """Says how far checkpoints are apart if that is more than some minutes."""
+        interval = min(eval_interval, checkpoint_interval or eval_interval, max_iters)
+        seconds = interval * seconds_per_iter
+        if saving and seconds > 300:
+            say(
+                f"a checkpoint comes every {interval} iterations, {hours_minutes_seconds(seconds)} apart: "
+                "--checkpoint_interval saves more often, and Ctrl-C saves and leaves"
+            )
+
+    def evaluation(self, train_loss, val_loss):
+        """An evaluation's log line and record. A loss that is not finite ends the run."""
+        say(f"step {state.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        if eval_iters is None:
+            say(perplexity(val_loss))
+        check_finite(math.isfinite(train_loss + val_loss), "the loss")
+        self.record('eval', **{'train/loss': train_loss, 'val/loss': val_loss})
+
+    def record(self, kind, **values):
+        """Adds a line to metrics.jsonl, of kind 'train' or 'eval', and the same to wandb."""
+        if not (master_process and saving):
+            return
+        line = {'iter': state.iter_num, 'tokens': state.tokens, 'lr': get_lr(state.iter_num), **values}
+        claim_out_dir()
+        with open(metrics_path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps({'kind': kind, **line}) + '\n')
+        self.to_wandb('log', line)
+
+    def start_wandb(self):
+        """Starts a run of Weights & Biases, or goes on with that of the checkpoint."""
+        earlier_run = {'id': self.wandb_id, 'resume': 'allow'} if self.wandb_id else {}
+        terminal = sys.stdin
+        sys.stdin = open(os.devnull)  # without a terminal it asks no questions
+        try:
+            import wandb
+
+            names = {'project': wandb_project, 'name': wandb_run_name}
+            self.wandb_run = wandb.init(config=config, **names, **earlier_run)
+            self.wandb_id = getattr(self.wandb_run, 'id', None)
+            if hasattr(self.wandb_run, 'define_metric'):
+                self.wandb_run.define_metric('*', step_metric='iter')  # a repeated point replaces itself
+        except Exception as error:  # of many kinds, and never worth a run
+            say(
+                f"training goes on without wandb, which does not start ({one_line(error)}): "
+                "`pip install wandb`, `wandb login` or WANDB_MODE=offline may help"
+            )
+        finally:
+            sys.stdin = terminal
+
+    def to_wandb(self, method, *arguments):
+        """Calls a method of wandb's run, if there is one. A failure is a line, and training goes on."""
+        if self.wandb_run is None:
+            return
+        try:
+            getattr(self.wandb_run, method)(*arguments)
+        except Exception as error:  # of many kinds, and never worth a run
+            say(f"wandb has stopped ({one_line(error)}): {metrics_path} has all")
+            self.wandb_run = None
+            with suppress(Exception):  # without this, wandb prints the same again when Python exits
+                sys.modules['wandb'].teardown()
+
+
+log = Log()
+configured_excepthook = sys.excepthook
+
+
+def excepthook(kind, error, trace):
+    """Clears the bar away, and tells lost ranks in one line. configurator.py's excepthook does all else."""
+    log.bar.close()
+    from_gloo = kind is RuntimeError and 'gloo' in str(error)
+    if distributed and (from_gloo or isinstance(error, dist.DistError)):
+        error = UserError(
+            f"rank {rank}: lost the other ranks, go on with --init_from=resume ({one_line(error)})"
+        )
+    configured_excepthook(type(error), error, trace)
+
+
+sys.excepthook = excepthook
+
+say(f"tokens per iteration will be: {tokens_per_iter:,}")
+if resume_path:
+    origin = f"resuming {resume_path} at iteration {first_iter}"
+elif init_from == 'scratch':
+    origin = "a new model"
+else:
+    origin = f"weights from {init_from}"
+machine = f"{device}, {dtype}"
+if device == 'cpu' and dtype == 'bfloat16' and 'dtype' not in given_keys:
+    machine += " (this CPU has units for it)"  # it is not every CPU's default
+if distributed:
+    machine += f", {world_size} processes"
+size = f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {vocab_size}"
+say(f"{origin}: {size}; {machine}")
 if saving:
-    log.line(
-        f"data/{dataset}: {len(train_data):,} tokens to train on, "
-        f"{max_iters * tokens_per_iter / len(train_data):.2f} epochs in {max_iters:,} iterations; "
-        f"{len(val_data):,} to validate on"
+    say(
+        f"data/{dataset}: {train_count:,} tokens to train on, "
+        f"{max_iters * tokens_per_iter / train_count:.2f} epochs in {max_iters:,} iterations; "
+        f"{val_count:,} to validate on"
     )
-for key, saved in {'dtype': dtype, **checkpoint.get('config', {})}.items():
-    if key in (*saved_config, 'dtype') and config[key] != saved:
-        log.line(f"{key} was {saved!r} in the checkpoint, is {config[key]!r} now")
-if saving and iter_num >= max_iters:
-    log.line(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
+
+# Print the settings that differ from the checkpoint's. dtype follows from the machine, and changes results.
+for key, value in checkpoint.get('config', {}).items():
+    asked_for = key in given_keys and key not in KEYS_NOT_RESUMED
+    if (asked_for or key == 'dtype') and config[key] != value:
+        say(f"{key} was {value!r} in the checkpoint, is {config[key]!r} now")
+if checkpoint.get('rewinds'):
+    say(f"{resume_path} comes from a run with --rewind, which is gone: from here on its batches are others")
+if best_starts_anew:
+    say(f"other data than {resume_path} was trained on, or a shorter context: the best val loss starts anew")
+if saving and state.iter_num >= max_iters:
+    say(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
 elif saving and decay_lr and warmup_iters >= max_iters:
-    log.line(f"the run never leaves its warm-up: warmup_iters {warmup_iters}, max_iters {max_iters}")
+    say(f"the run never leaves its warm-up: warmup_iters {warmup_iters}, max_iters {max_iters}")
 elif saving and decay_lr and lr_decay_iters < max_iters:
-    log.line(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
+    say(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
 
 
+# ---------- torch.compile, then DistributedDataParallel ----------
 def try_compiled():
-    for training in (False, True):  # evaluation is compiled too
-        with autocast, torch.set_grad_enabled(training):
-            loss = model.train(training)(*get_batch('train', start_iter, rank), return_logits=False)[1]
+    """Runs what has been compiled, once in evaluation and once in training."""
+    X, Y = get_batch('train', first_iter, rank)
+    with autocast, torch.no_grad():
+        model.eval()
+        model(X, Y, return_logits=False)
+    with autocast:
+        model.train()
+        loss = model(X, Y, return_logits=False)[1]
     loss.backward()
     model.zero_grad(set_to_none=True)
 
 
+def wrap_in_ddp():
+    """DistributedDataParallel around the model, ready to sum its gradients in the same order in every run."""
+    iterations = [None] * world_size
+    dist.all_gather_object(iterations, first_iter)
+    if len(set(iterations)) > 1:
+        found = f"checkpoints of iterations {min(iterations)} and {max(iterations)} were found"
+        raise UserError(f"{found}: {out_dir} must be one shared folder")
+
+    # DDP sorts the gradients into new buckets after the first backward pass of a process, and with three
+    # ranks another order of sums is another rounding. A pass is spent here, so a resumed run keeps its bits.
+    ddp_model = DistributedDataParallel(model)
+    with autocast:
+        loss = ddp_model(*get_batch('train', first_iter, rank), return_logits=False)[1]
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return ddp_model
+
+
 if compile:
-    problem = compile_method(model, 'forward', try_compiled)
-    set_keys(compile=not problem)
-    log.line(problem or "compiled")
-ddp_model = model.train()  # compiling may have failed while it evaluated
+    problem = compile_method(model, 'forward', try_compiled)  # None, or why it does not work
+    compile = not problem
+    config['compile'] = compile
+    model.train()  # it may have failed while it evaluated
+    say(problem or "compiled")
 if distributed:
     dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
-    last, first = all_reduce(torch.tensor([start_iter, -start_iter], device=device), dist.ReduceOp.MAX)
-    if first + last:
-        fail(f"checkpoints of iterations {-first} and {last} were found: {out_dir} must be one shared folder")
-    ddp_model = DistributedDataParallel(model)
+    cpu_group = dist.new_group(backend='gloo', timeout=timedelta(seconds=dist_timeout))
+ddp_model = wrap_in_ddp() if distributed else model
 
 
-# ---------- Evaluating, the schedule, one iteration, saving, stopping ----------
+def any_rank_stops():
+    """Whether a stop was requested of any rank. All get the same answer, and so they leave together."""
+    votes = torch.tensor(float(stop_requested))
+    if distributed:
+        dist.all_reduce(votes, group=cpu_group)
+    return votes.item() > 0
+
+
+# ---------- Evaluating ----------
 @torch.no_grad()
-def estimate_loss(batches):
-    """Mean losses (train, val) over the same micro-batches every time; None if a stop was requested."""
+def estimate_loss():
+    """Mean losses (train, val) over the same micro-batches every time, or None if a stop was requested.
+
+    The ranks take the micro-batches in turn. All run the same number of rounds, so the last round may have
+    micro-batches that are too many: they are run, but not counted."""
     model.eval()
-    losses = torch.zeros(2, 2, device=device)  # sum and weight per split; += below writes here
-    rounds = math.ceil(batches / world_size)  # the same number on every rank
-    for (total, weight), stream in zip(losses, ('eval-train', 'eval-val'), strict=True):
-        steps = range(rank, rounds * world_size, world_size)
-        for k in tqdm(steps, stream, leave=False, disable=None if master_process else True):
-            if stop_requested and not (stopping or distributed):
-                return None
+    losses = torch.zeros(2, device=device)  # sums for train and val
+    counts = torch.zeros(2, device=device)
+    rounds = math.ceil(eval_batches / world_size)
+    for split, stream in enumerate(('eval-train', 'eval-val')):
+        for k in tqdm(range(rank, rounds * world_size, world_size), stream, leave=False, disable=no_bar):
+            if stop_requested:
+                break
             X, Y = get_batch(stream, 0, k)
             with autocast:
                 loss = model(X, Y, return_logits=False)[1]
-            if k < batches:
+            if k < eval_batches:
                 share = (Y >= 0).float().mean()  # below 1 at the end of a val.bin that is read in order
-                total += loss * share
-                weight += share
+                losses[split] += loss * share
+                counts[split] += share
     model.train()
-    totals, weights = all_reduce(losses).T
-    return (totals / weights).tolist()
+
+    if any_rank_stops():
+        return None
+    return (all_reduce(losses) / all_reduce(counts)).tolist()
 
 
-def perplexity(loss):
-    """The loss of all of val.bin as papers do: per token, and per word where prepare.py counted them."""
-    counts = {'token': len(val_data) - 1}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        counts['word'] = int(json.loads((data_dir / 'words.json').read_text())['val'])
-    return "\nval.bin once through: perplexity " + ', '.join(
-        f"{np.exp(loss * counts['token'] / n):.2f} per {unit} ({n:,})" for unit, n in counts.items()
-    )
+def has_exploded(train_loss, val_loss):
+    """Whether both losses are far above the best. Overfitting raises one of them, and noise is smaller."""
+    exploded = min(train_loss, val_loss) > state.best_val_loss + 0.5
+    if exploded and saving:
+        say(f"iteration {state.iter_num}: the loss has exploded, and nothing is saved. {way_back()}")
+    return exploded
 
 
-def get_lr(it):
-    """Linear warm-up to learning_rate, then down to min_lr in the shape that lr_schedule names."""
-    if not decay_lr:
-        return learning_rate
-    if it < warmup_iters:
-        return learning_rate * (it + 1) / (warmup_iters + 1)
-    if it >= lr_decay_iters:
-        return min_lr
-    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    factor = {
-        'cosine': 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2017
-        'linear': 1 - progress,
-        'wsd': min(1, 5 * (1 - progress)),
-    }[lr_schedule]  # Hu et al. 2024, MiniCPM
-    return min_lr + factor * (learning_rate - min_lr)
+# ---------- One iteration ----------
+def train_step(iteration):
+    """One iteration -> (this rank's sum of losses, norm of the gradient), or (None, None) if it was left.
 
-
-def train_step(iter_num):
-    """One iteration -> (this rank's sum of losses, gradient norm), or (None, None) if a stop came before."""
+    A single process leaves at once when it is to stop, and its weights are as they were. Ranks wait for each
+    other, and go through with it."""
     for group in optim.param_groups:
-        group['lr'] = get_lr(iter_num)
+        group['lr'] = get_lr(iteration)
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(rank, gradient_accumulation_steps, world_size):
-        X, Y = get_batch('train', iter_num, micro_step)
-        if distributed:  # gradients are averaged over the ranks once, in the last backward pass
-            ddp_model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
+        X, Y = get_batch('train', iteration, micro_step)
+        is_last = micro_step + world_size >= gradient_accumulation_steps
+        following = (iteration + 1, rank) if is_last else (iteration, micro_step + world_size)
+        if distributed:  # the ranks' gradients meet once, in the last backward pass
+            ddp_model.require_backward_grad_sync = is_last
         if dropout:
-            torch.manual_seed(int(rng('dropout', iter_num, micro_step).integers(2**63)))
+            torch.manual_seed(int(rng('dropout', iteration, micro_step).integers(2**63)))
         with autocast:
             loss = ddp_model(X, Y, return_logits=False)[1]
         scaler.scale(loss * (1 / gradient_accumulation_steps)).backward()
         loss_sum += loss.detach()
-        following = iter_num * gradient_accumulation_steps + micro_step + world_size
-        get_batch('train', *divmod(following, gradient_accumulation_steps))  # while the device works
+        get_batch('train', *following)  # into its cache, while the device works
         if stop_requested and not distributed:
             return None, None
-    if distributed:  # DDP has averaged; losses times world_size would have overflowed float16 sooner
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], world_size)
+
+    # DDP has averaged the gradients over the ranks, but the mean over all micro-steps is their sum. (Losses
+    # times world_size would be the same, and overflow float16 sooner.)
+    if distributed:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(world_size)
     scaler.unscale_(optim)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optim)
@@ -666,202 +996,166 @@ def train_step(iter_num):
     return loss_sum, grad_norm
 
 
-def save_checkpoint(to_ckpt, exploded):
-    """Saves ckpt.pt or, where that is to stay, last.pt, which resume takes if it is newer and sound."""
-    global saved_iter, ckpt_iter
-    path = ckpt_path if to_ckpt and not exploded else last_path
-    first_save, old_iter, saved_iter = saved_iter is None, ckpt_iter, iter_num
-    ckpt_iter = iter_num if path == ckpt_path else old_iter
-    if not master_process:
-        return
-    state = {
-        'model': model.state_dict(),
-        'optimizer': optim.state_dict(),
-        'model_args': model_args,
-        'iter_num': iter_num,
-        'best_val_loss': best_val_loss,
-        'tokenizer': tokenizer_spec,
-        'config': config,
-        'scaler': scaler.state_dict(),
-        'wandb_id': log.wandb_run and log.wandb_run.id,
-        'exploded': exploded,
-        'rewinds': rewinds,
-        'tokens': earlier_tokens + iter_num * tokens_per_iter,
-        'metrics_bytes': os.path.getsize(log.metrics_path) if os.path.exists(log.metrics_path) else 0,
-    }
-    with atomic_write(path) as f:  # a kill leaves the old or the new one, complete
-        torch.save(state, f)
-        if first_save:  # files of an earlier run in this folder are kept
-            earlier = {ckpt_path, last_path, metrics_path, *kept_checkpoints()} - {log.metrics_path}
-            for old, kept in set_aside(sorted(earlier), path).items():
-                log.line(f"{old} of an earlier run is kept as {kept}")
-            if log.metrics_path != metrics_path:
-                os.replace(log.metrics_path, metrics_path)
-            log.metrics_path = metrics_path
-        elif path == ckpt_path and keep_checkpoints > 1 and old_iter is not None and os.path.exists(path):
-            link(ckpt_path, os.path.join(out_dir, f'ckpt-{old_iter}.pt'))
-            for old in kept_checkpoints()[keep_checkpoints - 1 :]:
-                os.unlink(old)
-    if path == ckpt_path:
-        Path(last_path).unlink(missing_ok=True)  # older now
-
-
-def go_back(problem):
-    """Goes on from ckpt.pt with other batches if `rewind` is set, else ends the run and keeps its files."""
-    global iter_num, start_iter, saved_iter, rewinds, earlier_tokens
-    if not rewind or ckpt_iter is None or rewinds == 3:
-        fail(
-            f"iteration {iter_num}: {problem}" + f" after {rewinds} rewinds" * (rewinds > 0) + ". Go on from"
-            " the last checkpoint, or start again, with a lower --learning_rate"
-        )
-    checkpoint = read_checkpoint(ckpt_path)
-    if checkpoint['iter_num'] != ckpt_iter:
-        fail(f"{ckpt_path} is not the one that was saved (rank {rank}): out_dir must be one shared folder")
-    model.load_state_dict(make_model(checkpoint).state_dict())
-    optim.load_state_dict(make_optimizer(checkpoint).state_dict())
-    scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())
-    rewinds += 1
-    log.line(f"iteration {iter_num}: {problem}, back to {ckpt_iter} and other batches ({rewinds} of 3 times)")
-    iter_num = start_iter = saved_iter = ckpt_iter
-    earlier_tokens = checkpoint.get('tokens', iter_num * tokens_per_iter) - iter_num * tokens_per_iter
-    if master_process:
-        log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
-
-
-def stop_votes():
-    """Yields before each iteration whether all ranks stop there. Each posts its flag, and all read the sum an
-    iteration later: they agree, and nobody has waited."""
-    group, agreed = dist.new_group(backend='gloo', timeout=timedelta(seconds=dist_timeout)), False
-    while True:
-        votes = torch.tensor(float(stop_requested))
-        work = dist.all_reduce(votes, group=group, async_op=True)
-        yield agreed
-        work.wait()
-        agreed = votes.item() > 0
-
-
 def report_profile(profiler):
     """A table of an iteration's costliest operations, and a trace of it all."""
-    order = f"self_{'device' if device_type == 'cuda' else 'cpu'}_time_total"
-    log.line(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=50))
+    order = 'self_device_time_total' if device_type == 'cuda' else 'self_cpu_time_total'
+    say(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=50))
     trace = os.path.join(out_dir, 'trace.json')
     profiler.export_chrome_trace(trace)
-    log.line(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
-    log.start_clock(iter_num + 1)
+    say(f"{trace} has all of the iteration: open it with chrome://tracing or ui.perfetto.dev")
+
+
+# ---------- Saving ----------
+def needs_saving(path):
+    """Whether this iteration is neither in ckpt.pt nor in `path`. A model without a step is not saved.
+
+    What is in last.pt may be wanted in ckpt.pt too, but not the other way round."""
+    held = (saved_iter.get(ckpt_path), saved_iter.get(path))
+    return saving and state.iter_num > 0 and state.iter_num not in held
+
+
+def save_checkpoint(path):
+    """Writes all of the run to ckpt.pt or last.pt."""
+    check_finite(all(p.isfinite().all() for p in model.parameters()), "a weight")
+    saved_iter[path] = state.iter_num
+    if path == ckpt_path:
+        saved_iter.pop(last_path, None)
+    if not master_process:
+        return
+    claim_out_dir()
+
+    contents = {
+        'model': model.state_dict(),
+        'optimizer': optim.state_dict(),
+        'model_args': model.config.model_args(),
+        'iter_num': state.iter_num,
+        'best_val_loss': torch.tensor(state.best_val_loss),  # as in nanoGPT's
+        'tokens': state.tokens,
+        'config': config,
+        'scaler': scaler.state_dict(),
+        'tokenizer': tokenizer_spec,
+        'data_digest': data_digest,
+        'wandb_id': log.wandb_id,
+    }
+    with atomic_write(path) as f:
+        torch.save(contents, f)
+    if path == ckpt_path:
+        Path(last_path).unlink(missing_ok=True)  # it is not the newest state any more
+        if keep_checkpoints > 1:
+            link(ckpt_path, os.path.join(out_dir, f'ckpt-{state.iter_num}.pt'))
+            for old in kept_checkpoints()[keep_checkpoints:]:
+                os.unlink(old)
+
+
+def report_stop():
+    """The last line of a run that was stopped."""
+    if state.iter_num == 0 or not saving:
+        rest = "nothing was learned, nothing is saved"
+    elif exploded:
+        rest = f"the model has exploded and is not saved. {way_back()}"
+    else:
+        rest = f"go on with `{resume_command(out_dir)}`"
+    say(f"stopped before iteration {state.iter_num}: {rest}")
+
+
+def report_end(val_loss):
+    """The last lines of a run that has come to its end."""
+    best = f"best val loss {state.best_val_loss:.4f}"
+    ckpt_is_last = saved_iter.get(ckpt_path) == state.iter_num
+    if always_save_checkpoint and ckpt_is_last and val_loss > state.best_val_loss:
+        best += f"; {ckpt_path} is the last, of {val_loss:.4f}: always_save_checkpoint=False keeps the best"
+    say(best)
+    sample = shlex.join([os.path.join(project, 'sample.py'), f'--out_dir={out_dir}'])
+    say(f"sample from it: python {sample}")
 
 
 # ---------- The loop ----------
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, request_stop)
-if saving and master_process:
-    log.open_metrics(checkpoint.get('metrics_bytes', math.inf))
-    if wandb_log:
-        log.open_wandb(checkpoint.get('wandb_id'))
-del checkpoint  # frees its memory
-votes = stop_votes() if distributed else None
-log.start_clock(iter_num)
+# A closed terminal sends SIGHUP, and Slurm what it is told to, SIGUSR1 for example; Windows lacks both. What
+# the process was started to ignore stays ignored: nohup ignores SIGHUP, and a shell's `&` SIGINT.
+for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, request_stop)
+if wandb_log and master_process and saving:
+    log.start_wandb()
+checkpoint.clear()  # frees its memory
+profiled_iter = min(first_iter + 7, max_iters - 1)  # when everything is warm
+exploded = False  # whether the last evaluation said so; until the next one nothing is saved then
+log.start()
 
+# Each round evaluates if it is time, saves if there is a reason, and leaves or trains for one iteration.
 while True:
-    stopping = next(votes) if distributed else stop_requested
-    finished = eval_only or iter_num >= max_iters
-    at_evaluation = dataset and not stopping and (finished or iter_num % eval_interval == 0)
-    at_checkpoint = (
-        saving
-        and iter_num
-        and (
-            iter_num == start_iter
-            or iter_num != saved_iter
-            and (stopping or checkpoint_interval and iter_num % checkpoint_interval == 0)
-        )
-    )
-    if at_evaluation or at_checkpoint:  # at a checkpoint between evaluations a few batches will do
-        losses = estimate_loss(eval_batches if at_evaluation else min(10, eval_batches))
-        if losses is None:
-            continue
-        train_loss, val_loss = losses
-        # overfitting parts these losses, an explosion lifts both, and by more than noise
-        exploded = saving and not (sum(losses) < math.inf and min(losses) <= best_val_loss + 0.5)
-        if exploded and iter_num == start_iter > 0:  # other data than those the best was measured on
-            exploded, best_val_loss = False, math.inf
-        log.line(
-            f"{'step' if at_evaluation else 'checkpoint'} {iter_num}: train loss {train_loss:.4f}, "
-            f"val loss {val_loss:.4f}"
-            + f"; exploded, no new {ckpt_path}" * exploded
-            + (perplexity(val_loss) if at_evaluation and eval_iters is None else '')
-        )
-        if exploded and (ckpt_iter is None or not stopping and (rewind or not math.isfinite(sum(losses)))):
-            go_back("the loss has exploded")
-            continue
-        improved = at_evaluation and val_loss < best_val_loss and iter_num > 0  # a new model is in no file
-        if improved:
-            best_val_loss, rewinds = val_loss, 0
-        if saving and (iter_num > start_iter or improved) and (saved_iter == ckpt_iter or not exploded):
-            save_checkpoint(improved or always_save_checkpoint and (at_evaluation or not rewind), exploded)
-        if at_evaluation:
-            log.record('eval', iter_num, **{'train/loss': train_loss, 'val/loss': val_loss})
-        log.start_clock(iter_num)
+    stopping = any_rank_stops()
+    finished = eval_only or state.iter_num >= max_iters
+    save_to = None
+
+    # ckpt.pt changes at an evaluation only. What is saved in between goes to last.pt.
+    if has_data and not stopping and (finished or state.iter_num % eval_interval == 0):
+        losses = estimate_loss()
+        stopping = losses is None
+        if not stopping:
+            train_loss, val_loss = losses
+            log.evaluation(train_loss, val_loss)
+            exploded = has_exploded(train_loss, val_loss)
+            improved = val_loss < state.best_val_loss and state.iter_num > 0
+            if improved:
+                state.best_val_loss = val_loss
+            save_to = ckpt_path if improved or always_save_checkpoint else last_path
+    elif checkpoint_interval and state.iter_num % checkpoint_interval == 0:
+        save_to = last_path
     if stopping:
-        launch = 'torchrun …' if distributed else 'python'
-        machine = [f'--{key}={config[key]}' for key in ('device', 'dtype', 'compile') if key in given_keys]
-        command = shlex.join([sys.argv[0], '--init_from=resume', f'--out_dir={out_dir}', *machine])
-        log.line(
-            f"stopped before iteration {iter_num}: "
-            + (f"go on with `{launch} {command}`" if saved_iter else "nothing has changed, nothing is saved")
-        )
+        save_to = last_path
+
+    if save_to and not exploded and needs_saving(save_to):
+        save_checkpoint(save_to)
+    if stopping:
+        report_stop()
         break
+    if save_to:
+        log.start_clock()  # evaluating and saving is no training
     if finished:
-        if saving and iter_num:
-            log.line(
-                f"best val loss {best_val_loss:.4f}"
-                + (
-                    f"; {ckpt_path} is the last, of {val_loss:.4f}: "
-                    "always_save_checkpoint=False keeps the best"
-                    if always_save_checkpoint and val_loss > best_val_loss and not exploded
-                    else ''
-                )
-            )
-            arguments = shlex.join([os.path.join(PROJECT, 'sample.py'), f'--out_dir={out_dir}'])
-            log.line(f"sample from it: python {arguments}")
+        if saving and state.iter_num > 0:
+            report_end(val_loss)  # a finished run has just been evaluated
         break
 
-    profiling = profile and master_process and iter_num == min(start_iter + 7, max_iters - 1)  # warm then
-    with torch.profiler.profile(acc_events=True) if profiling else nullcontext() as profiler:
-        loss_sum, grad_norm = train_step(iter_num)
-    if loss_sum is None:
+    profiling = profile and master_process and state.iter_num == profiled_iter
+    context = torch.profiler.profile(acc_events=True) if profiling else nullcontext()
+    with context as profiler:
+        loss_sum, grad_norm = train_step(state.iter_num)
+    if loss_sum is None:  # it was left, because a stop is requested
         continue
-    if iter_num % log_interval == 0:
+    if state.iter_num % log_interval == 0:
         loss = all_reduce(loss_sum).item() / gradient_accumulation_steps
-        if not math.isfinite(loss):
-            go_back("the loss is not finite")
-            continue
-        log.step(iter_num, loss, grad_norm.item())
+        check_finite(math.isfinite(loss), "the loss")
+        log.step(loss, grad_norm.item())
+    state.iter_num += 1
+    state.tokens += tokens_per_iter
     if profiling:
         report_profile(profiler)
-    iter_num += 1
+        log.start_clock()
 
+# ---------- The end ----------
 log.bar.close()
-if dataset is None and master_process and log.timings:
-    ms = 1000 * np.array(log.timings[-max(1, len(log.timings) * 3 // 4) :])  # the first quarter warms up
-    speed = tokens_per_iter * 1000 / np.median(ms)
-    print(
-        json.dumps(
-            {
-                'device': torch.cuda.get_device_name() if device_type == 'cuda' else device,
-                'processes': world_size,
-                'threads': torch.get_num_threads(),
-                'torch': torch.__version__,
-                'peak_memory_gb': peak_memory(),
-                'tokens_per_second': speed,
-                'ms': {'median': np.median(ms), 'min': ms.min(), 'max': ms.max()},
-                'mfu': model.estimate_mfu(speed / block_size / world_size, 1, peak_flops),
-                'settings': config,
-            }
-        )
-    )
-del folder_lock  # a notebook goes on
+if not has_data and master_process and log.timings:
+    ms = 1000 * np.array(log.timings[math.ceil(len(log.timings) / 4) :] or log.timings)  # a quarter warms up
+    tokens_per_second = tokens_per_iter * 1000 / np.median(ms)
+    result = {
+        'device': torch.cuda.get_device_name() if device_type == 'cuda' else device,
+        'processes': world_size,
+        'threads': torch.get_num_threads(),
+        'torch': torch.__version__,
+        'peak_memory_gb': peak_memory(),
+        'tokens_per_second': tokens_per_second,
+        'ms': {'median': np.median(ms), 'min': ms.min(), 'max': ms.max()},
+        'mfu': model.estimate_mfu(tokens_per_second / block_size / world_size, 1, peak_flops),
+        'settings': config,
+    }
+    say(json.dumps(result))
+
+del folder_lock  # a notebook goes on, and may start another run
 if distributed:
     dist.barrier()  # until the last checkpoint is saved
     dist.destroy_process_group()
-log.to_wandb('finish')  # may take its time: no rank waits for it any more
+log.to_wandb('finish')  # it may take its time: no rank waits any more
 if distributed:
-    os._exit(0)
+    os._exit(0)  # gloo's threads abort one teardown of the interpreter in twelve

@@ -8,7 +8,6 @@ Some need files that a machine without a network gets by hand:
 `pytest --device=cuda` runs the scripts on a GPU.
 """
 
-import ast
 import atexit
 import multiprocessing
 import os
@@ -122,15 +121,6 @@ def house(tmp_path_factory):
     for name in ('train.bin', 'val.bin'):
         shutil.copy(house / 'data' / 'tiny' / name, house / 'data' / 'bare')
     return house
-
-
-def function(script, name, scope):
-    """The function of a script of that name, without its decorators, with `scope` as its globals."""
-    tree = ast.parse((ROOT / script).read_text(encoding='utf-8'))
-    (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
-    found.decorator_list.clear()
-    exec(compile(ast.Module([found], []), script, 'exec'), scope)
-    return scope[name]
 
 
 # -----------------------------------------------------------------------------
@@ -283,12 +273,16 @@ def start(house, tmp_path):
 
 @pytest.fixture
 def altered(house):
-    """altered(code): the name of a script that executes `code` and then train.py, or another script."""
+    """altered(code, after=''): the name of a script that executes `code`, then train.py or another script,
+    and then `after`, where `scope` has the globals that the script has left.
+    """
 
-    def altered(code, script='train.py'):
+    def altered(code, script='train.py', after=''):
         path = house / f"altered_{len(list(house.glob('altered_*')))}.py"
         script = str(house / script)
-        path.write_text(f"import runpy\n{code}\nrunpy.run_path({script!r}, run_name='__main__')\n")
+        path.write_text(
+            f"import runpy\n{code}\nscope = runpy.run_path({script!r}, run_name='__main__')\n{after}\n"
+        )
         return path.name
 
     return altered

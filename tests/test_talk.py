@@ -77,7 +77,7 @@ def test_closed_streams(house, tmp_path):
     command = shlex.join([sys.executable, str(house / 'train.py'), *SMALL])
     assert subprocess.run(f'{command} >&- 2>&-', shell=True, cwd=tmp_path).returncode == 0
     lines = (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()
-    assert len([json.loads(line) for line in lines]) == 7 and (tmp_path / 'out' / 'ckpt.pt').is_file()
+    assert len([json.loads(line) for line in lines]) == 1 + 7 and (tmp_path / 'out' / 'ckpt.pt').is_file()
 
 
 def test_finished_run(run, tmp_path):
@@ -363,6 +363,7 @@ def test_kinds_of_metrics(run, altered, tmp_path):
     lines = (tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert all(list(record)[0] == 'kind' for record in records)
+    assert records.pop(0)['kind'] == 'run'
     found = [(record['kind'], record['iter']) for record in records]
     assert found == [
         ('eval', 0),
@@ -382,15 +383,13 @@ def test_kinds_of_metrics(run, altered, tmp_path):
 @posix
 @slow
 def test_wandb_history(run, start, tmp_path, monkeypatch):
-    """Not logged in: one line. Offline, after a polite stop and a resume the two files of the one run hold
-    every evaluation and every log line; what is there twice is the same.
+    """Offline, after a polite stop and a resume the two files of the one run hold every evaluation and every
+    log line; what is there twice is the same.
     """
     for name in [name for name in os.environ if name.startswith('WANDB')]:
         monkeypatch.delenv(name)
     env = {'HOME': str(tmp_path / 'home'), 'WANDB_SILENT': 'true'}
     how = ['--wandb_log=True', '--init_from=auto']
-    words = run('train.py', *SMALL, *how, env=env, real=True, status=1)
-    assert 'wandb login' in words and 'WANDB_MODE=offline' in words
     env['WANDB_MODE'] = 'offline'
     process = start(*SMALL, *how, '--eval_interval=10', '--log_interval=2', '--max_iters=1000000', env=env)
     out = wait_for(process, 'step 20:')
@@ -444,7 +443,7 @@ def test_wandb_dies(start, tmp_path, moment):
     stops = re.findall(r'^wandb has stopped \(\w+.*\): out/metrics.jsonl has all$', out, re.M)
     assert len(stops) == 1 if early else len(stops) <= 1  # at the end it may be quicker than the kill
     assert re.search('^stopped before' if early else '^sample from it', out, re.M)
-    assert early or len((tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()) == 42
+    assert early or len((tmp_path / 'out' / 'metrics.jsonl').read_text().splitlines()) == 43
 
 
 @pytest.mark.parametrize(
@@ -454,7 +453,7 @@ def test_wandb_dies(start, tmp_path, moment):
         # like the folder that runs leave, where there is no package
         (
             "types.ModuleType('wandb')",
-            "ImportError: cannot import name 'init' from 'wandb' (unknown location)",
+            "AttributeError: module 'wandb' has no attribute 'init'",
         ),
         (
             "types.SimpleNamespace(init=lambda **_: 1 / 0, login=lambda **_: True)",
@@ -465,10 +464,9 @@ def test_wandb_dies(start, tmp_path, moment):
 def test_wandb_absent(run, altered, module, error):
     """Not installed, or broken: one line before training starts."""
     broken = altered(f"import sys, types\nsys.modules['wandb'] = {module}")
-    assert run(broken, *SMALL, '--wandb_log=True', status=1) == (
-        f'wandb does not start ({error}): `pip install wandb` if that is what it lacks, WANDB_MODE=offline '
-        'without a login or a server; or --wandb_log=False\n'
-    )
+    out = run(broken, *SMALL, '--wandb_log=True').stdout
+    line = f'training goes on without wandb, which does not start ({error}): `pip install wandb`, '
+    assert out.count(line) == 1 and 'best val loss' in out
 
 
 @slow
