@@ -22,7 +22,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-# The loss makes this many logits at a time, twice 256 MiB in float32. A GPU makes four times as many.
+# The loss makes this many logits at a time: 256 MiB in float32, and their log_softmax as much again. On a GPU
+# it makes four times as many.
 LOSS_CHUNK = 2**26
 
 # Each activation, and what torch.nn.GELU calls it.
@@ -31,7 +32,7 @@ ACTIVATIONS = {'gelu': 'none', 'gelu_tanh': 'tanh'}
 # GPT-2's sizes on the Hugging Face hub have 124M, 350M, 774M and 1558M parameters.
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
-# transformers has six names for our two activations. The first name of each rounds as ours does.
+# transformers has six names for our two activations. Of the names of one, the first rounds as ours does.
 HF_ACTIVATIONS = {
     'gelu': 'gelu',
     'gelu_python': 'gelu',
@@ -105,11 +106,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, pos=None, mask=None):
+        """x (B, T, C) -> (B, T, C). cache (2, B, H, length, D), pos (T,) and mask (T, length) are those of
+        GPT.hidden. One row may fill a cache of B rows."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
 
-        # Attention is in float32 on a CPU, also under autocast: with one query it takes five times as long
-        # there in bfloat16.
+        # Autocast may have made bfloat16 of it. x is float32, as the norm leaves it, and so is attention on a
+        # CPU: in bfloat16 it would take five times as long, with one query and in short backward passes.
         if x.device.type == 'cpu':
             qkv = qkv.to(x.dtype)
         q, k, v = qkv  # (B, H, T, D) each
@@ -122,6 +126,7 @@ class CausalSelfAttention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         with torch.autocast('cpu', enabled=False):
+            # With pos, the mask decides what is seen.
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=pos is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -178,7 +183,7 @@ class GPT(nn.Module):
 
         # If it is set, backward computes the blocks again instead of keeping their inside (Chen et al. 2016).
         self.activation_checkpointing = False
-        # tokenizer() is built from this: a spec as data/tokenizer.py has it, or the folder of a data set.
+        # tokenizer() is built from this: the spec of a tokenizer, or the folder of a data set.
         self.tokenizer_source = {'kind': 'gpt2'}
 
     def _init_weights(self, module):
@@ -198,9 +203,9 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, pos=None, mask=None):
         """The network up to its last norm: token ids idx (B, T) -> (B, T, C), of which lm_head makes logits.
 
-        A cache of new_cache keeps the keys and values. Without pos idx is the beginning of a text, and fills
-        the cache from its first position on. With pos (T,) idx stands at these positions, behind what the
-        cache holds. Then mask (T, length) says which positions each token sees, all of them if it is None."""
+        A cache of new_cache keeps the keys and values. Without pos, the tokens are the beginning of a text,
+        and fill the cache from its first position on. With pos (T,), they stand at these positions, behind
+        what the cache holds, and mask (T, length) says which positions each of them sees: without it, all."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"{T} tokens do not fit into block_size {self.config.block_size}")
@@ -219,9 +224,9 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)  # (B, T, C)
 
     def forward(self, idx, targets=None, return_logits=True):
-        """idx (B, T) -> the logits of the last position (B, 1, V), None. With targets (B, T), which are -1
-        where there is none -> all logits (B, T, V), the mean loss in nats (). With return_logits=False the
-        first of these is None, and the loss takes much less memory."""
+        """Without targets: idx (B, T) -> the logits of the last position (B, 1, V), None.
+        With targets (B, T), -1 where nothing counts: -> all logits (B, T, V), the mean loss in nats.
+        With return_logits=False as well: -> None, the same loss, in much less memory."""
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -230,9 +235,7 @@ class GPT(nn.Module):
             logits = self.lm_head(x)  # (B, T, V)
             return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
-        loss = ChunkedCrossEntropy.apply(x, weight, targets, autocast_dtype(x), torch.is_grad_enabled())
-        return None, loss
+        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def crop_block_size(self, block_size):
         """Shortens the context for good, for example from GPT-2's 1024 tokens to what fits into memory."""
@@ -258,7 +261,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if not p.requires_grad:
                 continue
-            in_block = name.startswith('transformer.h.') and p.dim() == 2
+            in_block = name.startswith('transformer.h.')
             if p.dim() < 2:
                 vectors.append(p)
             elif optimizer == 'adamw' or not in_block:
@@ -293,44 +296,35 @@ class GPT(nn.Module):
     # ---------- sampling ----------
 
     def for_sampling(self, device, dtype, pack=True):
-        """Moves the model to `device` and replaces its linear layers by faster modules with weights in dtype:
-        by PackedLinear on a CPU, for float32 and float16, else by HalfLinear. After that the model can
-        neither be trained nor saved. lm_head is no HalfLinear: rounded to a half precision, the largest
-        logits tie."""
+        """Moves the model to `device` and replaces its linear layers by faster modules. After that it can
+        neither be trained nor saved.
+
+        On a CPU, unless pack is False, they become PackedLinear: with weights in float32 if that is dtype,
+        else in float16. Elsewhere, and for bfloat16, all but lm_head become HalfLinear: its outputs must not
+        be rounded to a half precision, where the largest logits tie."""
         self.eval().to(device)
-        pack = pack and torch.device(device).type == 'cpu' and torch.backends.mkldnn.is_available()
+        on_cpu = torch.device(device).type == 'cpu' and torch.backends.mkldnn.is_available()
         names = [name for name, module in self.named_modules() if type(module) is nn.Linear]
 
         def replace(name):
             linear = self.get_submodule(name)
             is_head = linear is self.lm_head
-            if pack and (is_head or dtype != torch.bfloat16):
+            if pack and on_cpu and (is_head or dtype != torch.bfloat16):
                 self.set_submodule(name, PackedLinear(linear, dtype))
             elif dtype != torch.float32 and not is_head:
                 self.set_submodule(name, HalfLinear(linear, dtype))
 
-        # FBGEMM packs no more than 85M numbers a second, so several threads do it.
-        if pack:
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(replace, names))
-        else:
-            for name in names:
-                replace(name)
+        with ThreadPoolExecutor() as pool:  # FBGEMM packs 85M numbers a second on a thread
+            list(pool.map(replace, names))
         return self.requires_grad_(False)
 
     def new_cache(self, batch, length):
         """Empty keys and values of `length` tokens in `batch` rows: (2, B, H, length, D) per layer."""
-        # Attention is in the dtype of the embeddings on a CPU, elsewhere in that of c_attn's products.
-        weight = self.transformer.wte.weight
-        c_attn = self.transformer.h[0].attn.c_attn
-        if weight.device.type == 'cpu':
-            dtype = weight.dtype
-        elif isinstance(c_attn, HalfLinear):
-            dtype = c_attn.weight.dtype
-        else:
-            dtype = autocast_dtype(weight)
-
         c = self.config
+        weight = self.transformer.wte.weight
+        dtype = weight.dtype  # of attention on a CPU; elsewhere it is that of c_attn's products
+        if weight.device.type != 'cpu':
+            dtype = autocast_dtype(self.transformer.h[0].attn.c_attn.weight)
         shape = (2, batch, c.n_head, length, c.n_embd // c.n_head)
         return [torch.zeros(shape, device=weight.device, dtype=dtype) for _ in range(c.n_layer)]
 
@@ -365,8 +359,9 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token; top_k keeps that many tokens (None or 0: all), top_p the
         fewest whose probability reaches it (Holtzman et al. 2020). draws (B, max_new_tokens) in [0, 1) is
-        all the randomness. Ids from vocab_size on, which only pad the vocabulary, are left out. cache can be
-        one from new_cache(B, length), where length is at least min(block_size, T + max_new_tokens)."""
+        all the randomness, and says how many rows there are. Ids from vocab_size on, which only pad the
+        vocabulary, are left out. cache can be one from new_cache(B, length), where length is at least
+        min(block_size, T + max_new_tokens)."""
         if draws is None:
             draws = torch.rand(idx.size(0), max_new_tokens, device=idx.device)
         B, T = draws.size(0), idx.size(1)
@@ -375,6 +370,7 @@ class GPT(nn.Module):
         positions = torch.arange(block_size, device=idx.device)
         tokens = torch.cat((idx.expand(B, T), idx.new_zeros(B, max_new_tokens)), 1)  # (B, T + max_new_tokens)
 
+        # Token t - 1 is the newest, at position t - 1 - first. The window is full where that is block_size.
         first = max(0, T - block_size)  # the index of the token that stands at position 0
         for t in range(T, T + max_new_tokens):
             if t == T:
@@ -406,7 +402,7 @@ class GPT(nn.Module):
     def from_weights(cls, config, weights):
         """A model with copies of these tensors, in float32 and eval mode. Raises UserError where they do not
         fit."""
-        if config.n_layer > len(weights):  # before building so many layers takes its time
+        if config.n_layer > len(weights):  # a damaged file may ask for a million layers
             raise UserError(f"{MISFIT}: {config.n_layer} layers, but {len(weights)} weights")
         with NoInit():
             model = cls(config)
@@ -432,10 +428,11 @@ class GPT(nn.Module):
             if not path.is_file():
                 path = path / 'ckpt.pt'
             last = path.with_name('last.pt')
-            if not path.exists() and last.exists():
+            if last.exists() and not path.exists():
                 path = last
             checkpoint = read_checkpoint(path)
 
+            # last.pt exists only while it is newer.
             newer = f"; {last} is newer" if path.name == 'ckpt.pt' and last.exists() else ''
             if os.environ.get('RANK', '0') == '0':  # one of torchrun's processes speaks
                 print(f"{path}: weights of iteration {checkpoint.get('iter_num')}{newer}", file=sys.stderr)
@@ -451,10 +448,11 @@ class GPT(nn.Module):
                 if not name.endswith(('.attn.bias', '.attn.masked_bias'))
             }
             model = cls.from_weights(GPTConfig(**args), weights)
-        except (TypeError, RuntimeError, AttributeError) as error:
+        except (TypeError, RuntimeError, AttributeError) as error:  # a field or a value of another kind
             raise UserError(f"{MISFIT}: {one_line(error)}") from error
 
-        # Our checkpoints hold the tokenizer, nanoGPT's only the name of the data set.
+        # Our checkpoints hold the tokenizer, nanoGPT's the name of the data set, if at all. 'NAME' is for the
+        # error of tokenizer().
         dataset = checkpoint.get('config', {}).get('dataset') or 'NAME'
         model.tokenizer_source = checkpoint.get('tokenizer') or Path(__file__).parent / 'data' / dataset
         return model
@@ -476,7 +474,7 @@ class GPT(nn.Module):
         # transformers builds many variants of GPT-2. This one has these values in its config.
         hf = hf_model.config
         for field, built in {
-            'activation_function': HF_ACTIVATIONS,
+            'activation_function': tuple(HF_ACTIVATIONS),
             'n_inner': (None, 4 * hf.n_embd),
             'layer_norm_epsilon': (1e-5,),
             'scale_attn_weights': (True,),
@@ -491,12 +489,13 @@ class GPT(nn.Module):
                     f"{folder}/config.json: {field} is {value!r}, and model.py builds {only} only"
                 )
 
-        # save_pretrained leaves out the padding of the vocabulary, and gives characters one token more.
-        padded = getattr(hf, 'checkpoint_vocab_size', {})
-        vocab_size = padded.get(str(hf.vocab_size), hf.vocab_size)
+        # save_pretrained writes another vocabulary than ours: without padding, and with <|endoftext|> for
+        # characters. It notes ours in the config, under the size of the one that it writes.
+        noted = getattr(hf, 'checkpoint_vocab_size', {})
+        vocab_size = noted.get(str(hf.vocab_size), hf.vocab_size)
         weights = convert_hf(hf_model.state_dict(), vocab_size)
 
-        # It also writes zeros for the biases of a model that has none. Fine-tuning may have moved them since.
+        # It also notes if the model has no biases, and writes zeros. Fine-tuning may have moved these.
         biases = [name for name in weights if name.endswith('.bias')]
         bias = getattr(hf, 'bias', True) or any(weights[name].any() for name in biases)
         if not bias:
@@ -513,7 +512,7 @@ class GPT(nn.Module):
             **override_args,
         )
         model = cls.from_weights(config, weights)
-        if (folder / 'tokenizer.json').exists() or vocab_size < 50257:
+        if (folder / 'tokenizer.json').exists() or vocab_size < 50257:  # too few for GPT-2's own tokenizer
             model.tokenizer_source = folder
         return model
 
@@ -521,14 +520,20 @@ class GPT(nn.Module):
         """The model's Tokenizer (data/tokenizer.py). Raises UserError where its weights came without one."""
         from data.tokenizer import Tokenizer, read_tokenizer_spec  # here, so that model.py also works alone
 
-        source, vocab_size = self.tokenizer_source, self.config.vocab_size
-        is_spec = isinstance(source, dict)
-        spec = source if is_spec else read_tokenizer_spec(source)
+        source = self.tokenizer_source
+        vocab_size = self.config.vocab_size
+        where = f"put it into {source}"
+        spec = source
+        if isinstance(source, dict):
+            where = "set model.tokenizer_source to its folder"
+        else:
+            spec = read_tokenizer_spec(source)
+
+        # GPT-2's tokenizer is assumed where there is no file, but it may be too large for the model.
         if spec['kind'] != 'gpt2' or vocab_size >= 50257:
             tokenizer = Tokenizer(spec)
             if tokenizer.vocab_size <= vocab_size:
                 return tokenizer
-        where = "set model.tokenizer_source to its folder" if is_spec else f"put it into {source}"
         raise UserError(f"{vocab_size} tokens, but no tokenizer.json or meta.pkl of that size: {where}")
 
     def save_pretrained(self, folder):
@@ -563,7 +568,7 @@ class GPT(nn.Module):
                 checkpoint_vocab_size={vocab_size: c.vocab_size},
             )
         )
-        # <|endoftext|>, which other tools need, is no token of characters.
+        # Other tools need <|endoftext|>. Beside characters it is a token more, which must never be drawn.
         hf_model.generation_config.suppress_tokens = [eot] if tokenizer.eot is None else None
 
         # What a changed network has beside GPT-2's weights would be left out without a word. So the logits of
@@ -579,7 +584,7 @@ class GPT(nn.Module):
             ours = model.lm_head(model.hidden(ids))[..., : tokenizer.vocab_size]
             theirs = hf_model.eval()(ids).logits[..., : tokenizer.vocab_size]
         difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
-        if not difference <= 1e-4 * largest:
+        if not difference <= 1e-4 * largest:  # so that nan does not pass
             raise UserError(
                 f"transformers' GPT-2 would compute other logits, by {difference:.2g} where the largest is "
                 f"{largest:.2g}: it cannot express how this network was changed"
@@ -590,13 +595,11 @@ class GPT(nn.Module):
         for path in folder.glob('*.safetensors'):  # they have 0600, whatever the umask
             path.chmod((folder / 'config.json').stat().st_mode)
         hf_tokenizer.save(str(folder / 'tokenizer.json'))
-        # transformers 5 would name a class of its own here, which 4 does not know.
+        # transformers 5 would name a class here that 4 does not know. Without model_input_names 4 would make
+        # token_type_ids, whose embeddings GPT-2 adds.
         tokenizer_config = {
             'tokenizer_class': 'PreTrainedTokenizerFast',
-            'model_input_names': [
-                'input_ids',
-                'attention_mask',
-            ],  # or 4 adds token_type_ids, which GPT-2 adds up
+            'model_input_names': ['input_ids', 'attention_mask'],
             'model_max_length': c.block_size,
             'clean_up_tokenization_spaces': False,
             **dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), EOT),
@@ -619,7 +622,8 @@ def read_hf_gpt2(model_type):
     logging.disable_progress_bar()
     try:
         config = {} if hub else json.loads((folder / 'config.json').read_bytes())
-        kind = (config.get('architectures') or [config.get('model_type') or 'gpt2'])[0]
+        architectures = config.get('architectures') or [config.get('model_type', 'gpt2')]
+        kind = architectures[0]
         if kind not in ('gpt2', 'GPT2Model', 'GPT2LMHeadModel'):
             raise UserError(f"{folder} holds a {kind}: model.py builds GPT-2's language model only")
         hf_model, info = GPT2LMHeadModel.from_pretrained(
@@ -634,7 +638,8 @@ def read_hf_gpt2(model_type):
         raise UserError(f"cannot read GPT-2 from '{model_type}' ({one_line(error)}): {hint}") from error
 
     # transformers fills what is missing with random numbers.
-    wrong = {*info['missing_keys'], *(name for name, *_ in info['mismatched_keys'])} - {'lm_head.weight'}
+    mismatched = {name for name, *shapes in info['mismatched_keys']}
+    wrong = mismatched.union(info['missing_keys']) - {'lm_head.weight'}
     if wrong:
         raise UserError(f"{model_type} is not complete: {min(wrong)} is missing or of another shape")
     return hf_model.float()
@@ -642,8 +647,8 @@ def read_hf_gpt2(model_type):
 
 def convert_hf(weights, vocab_size):
     """Our weights as transformers keeps them, or the other way round, with vocab_size rows in wte and
-    lm_head. The padding of a vocabulary is filled with the mean of all rows, whose logit is never the
-    largest."""
+    lm_head. The padding of a vocabulary is filled with the mean of all rows: its logit is the mean of theirs,
+    so never the largest."""
     weights = {name: p.T.contiguous() if name.endswith(HF_TRANSPOSED) else p for name, p in weights.items()}
     rows = weights['lm_head.weight']  # (V, C)
     padding = rows.mean(0, keepdim=True).expand(max(0, vocab_size - len(rows)), -1)
@@ -675,7 +680,7 @@ class PackedLinear(nn.Module):
         weight = linear.weight.detach()
 
         # float16 ends at 65504, and rounds small numbers by up to 3e-8. The weight stays in float32 if one of
-        # its numbers is too large, or if 3e-8 is more than a thousandth of their root mean square.
+        # its numbers is too large, or if their root mean square is less than 1000 times 3e-8.
         rms = weight.norm() / math.sqrt(weight.numel())
         fits = bool(weight.abs().max() <= 65504 and rms >= 3e-5)
         self.half = dtype != torch.float32 and has_fbgemm() and fits
@@ -688,7 +693,8 @@ class PackedLinear(nn.Module):
         if self.half:
             return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
-        # Fewer than 4 rows are no faster in oneDNN, and their sums are in another order.
+        # Up to 4 rows take the same time in oneDNN. Fewer are filled up, so that sums keep their order. The
+        # last arguments say that no activation follows.
         rows = x.flatten(0, -2)
         n = rows.size(0)
         rows = F.pad(rows, (0, 0, 0, max(0, 4 - n)))
@@ -723,18 +729,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     still there; backward only scales them.
 
     x (N, C), weight (V, C), targets (N,) with -1 for positions that do not count -> loss (), float32 or
-    wider. dtype is that of the products, with_grad tells whether gradients will be needed."""
+    wider. Products are in the dtype that autocast would choose."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_grad):
+    def forward(ctx, x, weight, targets):
+        dtype = autocast_dtype(x)
+        with_grad = any(ctx.needs_input_grad)
         N, V = x.size(0), weight.size(0)
-        # All chunks but the last have the same number of rows.
+        # The chunks are of one size, so that none is small and slow.
         largest_chunk = LOSS_CHUNK if x.device.type == 'cpu' else 4 * LOSS_CHUNK
         n_chunks = math.ceil(N * V / largest_chunk)
         rows = math.ceil(N / n_chunks)
 
-        # grad_w has sums over thousands of rows, which would overflow float16 before a GradScaler sees them.
-        shrink = 1 / 16 if dtype == torch.float16 else 1.0
         wide = torch.promote_types(dtype, torch.float32)
 
         total = torch.zeros((), dtype=wide, device=x.device)
@@ -762,13 +768,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d = d.to(dtype)
                 keep = keep[:, None].to(dtype)  # (n, 1)
                 grad_x[i : i + rows] = (d @ w) * keep
-                grad_w += d.T @ (xc * (keep * shrink))
+                # Sums over thousands of rows would overflow float16. Backward takes the 1/16 back.
+                grad_w += d.T @ (xc * (keep / 16))
 
         count = counted.sum().clamp(min=1)
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w, count)
             ctx.dtypes = x.dtype, weight.dtype
-            ctx.shrink = shrink
         return total / count
 
     @staticmethod
@@ -777,8 +783,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_w, count = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
         scale = grad_loss / count
-        grad_w = grad_w * (scale / ctx.shrink)
-        return grad_x.to(x_dtype) * scale, grad_w.to(weight_dtype), None, None, None
+        return grad_x.to(x_dtype) * scale, (grad_w * (16 * scale)).to(weight_dtype), None
 
 
 class Muon(torch.optim.AdamW):
@@ -801,7 +806,8 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups, **settings):
         super().__init__(groups, **settings)
-        # Fused AdamW skips a step with infinite gradients by itself. Muon leaves that to the GradScaler.
+        # With this flag, which fused AdamW sets, a GradScaler leaves infinite gradients to the step. Without
+        # it, the GradScaler skips the step itself.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -811,11 +817,13 @@ class Muon(torch.optim.AdamW):
         # Matrices of one shape are collected, so that one product serves for all of them.
         by_shape = {}
         for group in self.param_groups:
+            if 'parts' not in group:
+                continue
             for p in group['params']:
-                if 'parts' not in group or p.grad is None:
+                if p.grad is None:
                     continue
                 state = self.state[p]
-                if not state:  # AdamW expects a step in every state that it loads
+                if not state:  # Muon needs no step, but load_state_dict expects one
                     state.update(momentum=torch.zeros_like(p), step=torch.zeros((), device=p.device))
                 momentum = state['momentum'].lerp_(p.grad, 1 - self.MOMENTUM)
                 update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov
@@ -824,9 +832,9 @@ class Muon(torch.optim.AdamW):
                 for w, u in zip(p.chunk(group['parts']), update.chunk(group['parts']), strict=True):
                     if w.size(0) > w.size(1):
                         w, u = w.mT, u.mT  # (n, m), n <= m
-                    by_shape.setdefault((*w.shape, group['lr']), []).append((w, u))
+                    by_shape.setdefault((w.shape, group['lr']), []).append((w, u))
 
-        for (_, m, lr), matrices in by_shape.items():
+        for ((_, m), lr), matrices in by_shape.items():
             weights, updates = zip(*matrices, strict=True)
             updates = torch.stack(updates)  # (k, n, m)
             if has_bfloat16(updates.device.type):  # which is precise enough, but elsewhere slow
@@ -839,16 +847,18 @@ class Muon(torch.optim.AdamW):
     @classmethod
     def orthogonal(cls, x):
         """The orthogonal factors U V' of matrices U S V' (k, n, m), n <= m, to 3 %, by matrix products."""
-        # At this size nothing below under- or overflows. Both minima are for matrices of zeros.
+        # With a Frobenius norm of 1 nothing below under- or overflows. Both minima are for matrices of zeros.
         x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)
-        # No singular value is larger than the root of this norm.
+        # The norm of X X' is at least the square of the largest singular value, which becomes 1 at most.
         gram = x @ x.mT  # (k, n, n)
         size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt().clamp(min=1e-3)  # (k, 1, 1)
         x, gram = x / size, gram / size**2
         for i, (a, b, c) in enumerate(cls.QUINTICS):
             if i > 0:
                 gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (k, n, m)
+            # baddbmm adds a product to a sum: x becomes a x + (b G + c G G) x, with G = X X'.
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # (k, n, n)
+            x = torch.baddbmm(x, polynomial, x, beta=a)  # (k, n, m)
         return x
 
 
@@ -864,13 +874,15 @@ def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
 
-    top_k = min(top_k or logits.size(-1), logits.size(-1))
+    V = logits.size(-1)
+    top_k = min(top_k or V, V)
     use_top_p = top_p is not None and top_p < 1
-    ids = None
-    if use_top_p or top_k < logits.size(-1):
+    ids = None  # until the logits are sorted, an index is an id
+    if use_top_p or top_k < V:
         logits, ids = logits.topk(top_k)  # (B, K), descending
 
-    # A temperature below 1e-30 could be 0 in float32.
+    # The largest logit becomes 0 first, so that a tiny temperature makes -inf of the others, and no nan.
+    # Below 1e-30 it could be 0 in float32.
     logits = logits - logits.amax(-1, keepdim=True)
     cdf = (logits / max(temperature, 1e-30)).softmax(-1).cumsum(-1)  # (B, K)
     mass = cdf[:, -1:]  # (B, 1)
@@ -878,6 +890,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=None, top_p=None):
         last = (cdf < top_p).sum(-1, keepdim=True).clamp(max=cdf.size(-1) - 1)  # (B, 1)
         mass = cdf.gather(1, last)
 
+    # u is below 1, so nothing beyond the mass is found; the clamp is for logits that are nan.
     choice = torch.searchsorted(cdf, u * mass, right=True).clamp(max=cdf.size(-1) - 1)  # (B, 1)
     return choice if ids is None else ids.gather(1, choice)
 
@@ -908,12 +921,13 @@ def read_checkpoint(path, needed=()):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
 
-        for key, kind in CHECKPOINT_TYPES.items():
-            value = checkpoint.get(key)
-            if value is None and key not in ('model', 'model_args', *needed):
-                continue
+        for key in ('model', 'model_args', *needed):
+            if key not in checkpoint:
+                raise ValueError(f"it lacks {key!r}")
+        for key, value in checkpoint.items():
+            kind = CHECKPOINT_TYPES.get(key, object)
             if not isinstance(value, kind) or (kind is int and value < 0):
-                raise TypeError(f"it lacks {key!r}, or has {value!r:.40} there")
+                raise TypeError(f"{key} is {value!r:.40}")
         checkpoint['best_val_loss'] = float(checkpoint.get('best_val_loss', math.inf))  # nanoGPT: a tensor
     except Exception as error:  # damaged files fail in a dozen ways
         raise UserError(f"cannot read {path}, damaged or not a checkpoint ({one_line(error)})") from error
@@ -933,10 +947,8 @@ PEAK_FLOPS = {
     r'RTX 4090$': 165.2e12,
     r'B200$': 2250e12,
     r'H100 PCIe$': 756e12,
-    r'H100 NVL$': 835.5e12,
-    r'H100 80GB HBM3$': 989.4e12,
-    r'H200$': 989.4e12,
-    r'H200 NVL$': 835.5e12,
+    r'(H100|H200) NVL$': 835.5e12,
+    r'(H100 80GB HBM3|H200)$': 989.4e12,
 }
 
 
@@ -1001,5 +1013,5 @@ def compile_method(model, name, call, **options):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing or failing compiler has errors of many kinds; eager always works
-        model.__dict__.pop(name, None)
+        model.__dict__.pop(name, None)  # so that the method of the class is called again
         return f"torch.compile does not work here, running eager ({one_line(error)})"

@@ -61,7 +61,8 @@ except UnicodeDecodeError as error:
     sys.exit(f"--start={start}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
 start = start.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
 
-# Characters may lack the newline of the default prompt. bos stands for it, or is another character.
+# An empty prompt becomes bos: <|endoftext|>, or of characters the newline or, where there is none, the first
+# one. So does the default prompt, a newline, where the tokens are characters.
 text = '' if start == '\n' and tokenizer.kind == 'char' else start
 prompt = tokenizer.encode(text) or [tokenizer.bos]
 
@@ -72,21 +73,21 @@ model.for_sampling(device, getattr(torch, dtype), pack=not compile)
 c = model.config
 length = 64 * math.ceil(min(c.block_size, len(prompt) + max_new_tokens) / 64)
 
-# What a sample needs beside its cache: for each token of the prompt and each of n_embd while the prompt is
-# read, and for each token of the vocabulary, whose logits are sorted and made probabilities.
-PROMPT_BYTES, LOGITS_BYTES = 40, 20
-UNKNOWN_MEMORY = 2**33  # assumed where the system does not tell
+# What a sample takes for a while beside its cache: 40 bytes for each token and channel, when a full window is
+# read anew, and 20 for each token of the vocabulary, whose logits are sorted and made probabilities.
+WINDOW_BYTES = 40
+LOGITS_BYTES = 20
 
 
 def rows_that_fit():
     """How many samples half of the memory has room for."""
-    memory = UNKNOWN_MEMORY
+    memory = 2**33  # assumed where the system does not tell
     if device_type == 'cuda':
         memory = torch.cuda.mem_get_info(device)[0]
     elif hasattr(os, 'sysconf'):
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     cache_bytes = sum(kv.nbytes for kv in model.new_cache(1, 1))  # for each token
-    row_bytes = length * (cache_bytes + PROMPT_BYTES * c.n_embd) + LOGITS_BYTES * c.vocab_size
+    row_bytes = length * (cache_bytes + WINDOW_BYTES * c.n_embd) + LOGITS_BYTES * c.vocab_size
     return max(1, memory // 2 // row_bytes)
 
 
@@ -115,7 +116,7 @@ def new_ids(first):
         columns.append(column)
         may_stop = stop and n % 16 == 0
         if stream or may_stop or n in (1, max_new_tokens):
-            columns = [torch.cat(columns, dim=1)]  # (rows, n)
+            columns = [torch.cat(columns, dim=1)]  # one column of shape (rows, n)
             yield columns[0].tolist()
 
 

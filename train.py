@@ -443,7 +443,7 @@ def make_optimizer():
                     raise ValueError("moments have another shape")
                 # Fused AdamW ignores strides, which a file may have set as it likes.
                 moments[name] = moment.clone(memory_format=torch.contiguous_format)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{resume_path} has the state of another --optimizer than {optimizer}") from error
     return optim
 

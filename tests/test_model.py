@@ -608,7 +608,7 @@ def test_chunked_loss(monkeypatch, chunk, ignored):
     x, w = (torch.randn(n, 8, generator=g, dtype=torch.float64).requires_grad_() for n in (19, 29))
     y = tokens(19)
     y[{'none': slice(0), 'some': slice(0, 19, 3), 'all': slice(None)}[ignored]] = -1
-    loss = ChunkedCrossEntropy.apply(x, w, y, torch.float64, True)
+    loss = ChunkedCrossEntropy.apply(x, w, y)
     got = torch.autograd.grad(3 * loss, (x, w))
     if ignored == 'all':
         assert loss == 0 and not any(q.any() for q in got)
@@ -617,7 +617,8 @@ def test_chunked_loss(monkeypatch, chunk, ignored):
     assert abs(loss - want) < 1e-12
     for a, b in zip(got, torch.autograd.grad(3 * want, (x, w)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    assert ChunkedCrossEntropy.apply(x, w, y, torch.float64, False) == loss.detach()
+    with torch.no_grad():
+        assert ChunkedCrossEntropy.apply(x, w, y) == loss.detach()
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -649,7 +650,7 @@ def test_chunked_loss_used_twice(dtype):
 def test_chunked_loss_differentiates_once():
     """A gradient of its gradient is an error: the saved gradients are constants, and it came out wrong."""
     x = torch.randn(5, 8, requires_grad=True)
-    loss = ChunkedCrossEntropy.apply(x, torch.randn(7, 8), tokens(5, high=7), torch.float32, True)
+    loss = ChunkedCrossEntropy.apply(x, torch.randn(7, 8), tokens(5, high=7))
     (grad,) = torch.autograd.grad(loss**2, x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
@@ -662,7 +663,8 @@ def test_chunked_loss_in_half_precision(dtype, tolerance):
     x = torch.randn(64, 32, generator=g).requires_grad_()
     w = (0.1 * torch.randn(20000, 32, generator=g)).requires_grad_()
     y = tokens(64, high=20000)
-    loss = ChunkedCrossEntropy.apply(x, w, y, dtype, True)
+    with torch.autocast('cpu', dtype):
+        loss = ChunkedCrossEntropy.apply(x, w, y)
     want = F.cross_entropy(x @ w.T, y)
     assert loss.dtype == torch.float32 and abs(loss - want) < tolerance
     for a, b in zip(*(torch.autograd.grad(65536 * of, (x, w)) for of in (loss, want)), strict=True):
@@ -675,7 +677,8 @@ def test_float16_sums_do_not_overflow():
     """
     x, w = torch.full((8000, 4), 10.0), torch.zeros(8, 4, requires_grad=True)
     y = torch.zeros(8000, dtype=torch.long)
-    loss = ChunkedCrossEntropy.apply(x, w, y, torch.float16, True)
+    with torch.autocast('cpu', torch.float16):
+        loss = ChunkedCrossEntropy.apply(x, w, y)
     (grad,) = torch.autograd.grad(loss, w)
     (want,) = torch.autograd.grad(F.cross_entropy(x @ w.T, y), w)
     torch.testing.assert_close(grad, want, rtol=1e-2, atol=1e-3)
