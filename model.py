@@ -314,8 +314,12 @@ class GPT(nn.Module):
             elif dtype != torch.float32 and not is_head:
                 self.set_submodule(name, HalfLinear(linear, dtype))
 
-        with ThreadPoolExecutor() as pool:  # FBGEMM packs 85M numbers a second on a thread
-            list(pool.map(replace, names))
+        if pack and on_cpu:
+            with ThreadPoolExecutor() as pool:  # on one thread FBGEMM packs no more than 85M numbers a second
+                list(pool.map(replace, names))
+        else:
+            for name in names:
+                replace(name)
         return self.requires_grad_(False)
 
     def new_cache(self, batch, length):
