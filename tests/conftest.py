@@ -5,7 +5,7 @@ Some need files that a machine without a network gets by hand:
     TIKTOKEN_CACHE_DIR=…                GPT-2's BPE files as tiktoken caches them
     WIKITEXT=…                          a folder with valid.txt and test.txt of WikiText-2
 `pytest -m "not slow"` runs a minute's selection. `pytest --machines tests/test_machines.py` makes two hosts.
-`pytest --device=cuda` runs the scripts on a GPU.
+`pytest --device=cuda` runs the scripts on a GPU. `pytest --walk=3000 tests/test_walk.py` takes half an hour.
 """
 
 import atexit
@@ -81,6 +81,8 @@ SMALL = [
 def pytest_addoption(parser):
     parser.addoption('--device', default='cpu', choices=('cpu', 'cuda'), help='where the scripts run')
     parser.addoption('--kills', type=int, default=8, help='how often test_kills kills a run')
+    parser.addoption('--walk', type=int, default=20, help='how many steps test_walk takes')
+    parser.addoption('--walk_seed', type=int, default=0, help='which steps test_walk takes')
     parser.addoption('--machines', action='store_true', help='two hosts as network namespaces, 80 seconds')
 
 
