@@ -218,7 +218,9 @@ def read_newest_checkpoint(paths):
     """Reads the newer of ckpt.pt and last.pt, or the newest ckpt-N.pt if these are damaged. `paths` has them
     in this order. Names what is damaged, and raises UserError if all are.
 
-    Returns the checkpoint, its path, and {path: iteration} of all that were read."""
+    Returns the checkpoint, its path, and {path: iteration} of all that were read; nothing for no paths."""
+    if not paths:
+        return {}, None, {}
     needed = ('iter_num', 'config') if eval_only else ('iter_num', 'config', 'optimizer')
     checkpoints = {}
     problems = []
@@ -259,11 +261,9 @@ if init_from == 'resume' and not found:
     raise UserError(f"no checkpoint at {ckpt_path}: train first, or name the folder with --out_dir")
 
 folder_lock = lock_out_dir() if master_process and (saving or profile) else None
-checkpoint = {}
-resume_path = None
-saved_iter = {}  # {path: iteration} of the checkpoints that are known to be whole; save_checkpoint adds to it
-if init_from == 'resume':
-    checkpoint, resume_path, saved_iter = read_newest_checkpoint(found)
+# saved_iter, {path: iteration} of the checkpoints that are whole, is kept up to date by save_checkpoint.
+to_resume = found if init_from == 'resume' else []
+checkpoint, resume_path, saved_iter = read_newest_checkpoint(to_resume)
 
 # ---------- The settings: those of the checkpoint, then what the machine and the keys leave open ----------
 for key, value in checkpoint.get('config', {}).items():
@@ -470,12 +470,15 @@ if resume_path:
     state.tokens = checkpoint.get('tokens', state.iter_num * tokens_per_iter)  # nanoGPT's have none
 first_iter = state.iter_num  # of this process
 
+
 # ---------- The data ----------
-# Tokens of no meaning, where the loop is only to be timed.
-random_tokens = None
-if not has_data:
+def make_random_tokens():
+    """Tokens of no meaning, where the loop is only to be timed."""
     length = max(2**20, 2 * block_size)
-    random_tokens = rng('train', 0).integers(min(vocab_size, 50257), size=length, dtype='<u2')
+    return rng('train', 0).integers(min(vocab_size, 50257), size=length, dtype='<u2')
+
+
+random_tokens = None if has_data else make_random_tokens()
 
 
 def open_bin(name):
@@ -830,42 +833,49 @@ def excepthook(kind, error, trace):
 
 sys.excepthook = excepthook
 
-say(f"tokens per iteration will be: {tokens_per_iter:,}")
-if resume_path:
-    origin = f"resuming {resume_path} at iteration {first_iter}"
-elif init_from == 'scratch':
-    origin = "a new model"
-else:
+
+def announce():
+    """The first lines of a run: what it is, what differs from its checkpoint, and what may be a mistake."""
+    say(f"tokens per iteration will be: {tokens_per_iter:,}")
     origin = f"weights from {init_from}"
-machine = f"{device}, {dtype}"
-if device == 'cpu' and dtype == 'bfloat16' and 'dtype' not in given_keys:
-    machine += " (this CPU has units for it)"  # it is not every CPU's default
-if distributed:
-    machine += f", {world_size} processes"
-size = f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {vocab_size}"
-say(f"{origin}: {size}; {machine}")
-if saving:
+    if resume_path:
+        origin = f"resuming {resume_path} at iteration {first_iter}"
+    elif init_from == 'scratch':
+        origin = "a new model"
+    machine = f"{device}, {dtype}"
+    if device == 'cpu' and dtype == 'bfloat16' and 'dtype' not in given_keys:
+        machine += " (this CPU has units for it)"  # it is not every CPU's default
+    if distributed:
+        machine += f", {world_size} processes"
+    size = f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {vocab_size}"
+    say(f"{origin}: {size}; {machine}")
+
+    # dtype follows from the machine, and changes results.
+    for key, value in checkpoint.get('config', {}).items():
+        asked_for = key in given_keys and key not in KEYS_NOT_RESUMED
+        if (asked_for or key == 'dtype') and config[key] != value:
+            say(f"{key} was {value!r} in the checkpoint, is {config[key]!r} now")
+    if checkpoint.get('rewinds'):
+        say(f"{resume_path} is of a run with --rewind, which is gone: from here on its batches are others")
+    if best_starts_anew:
+        say(f"the best val loss starts anew: other data than {resume_path}'s, or a shorter context")
+
+    if not saving:
+        return
     say(
         f"data/{dataset}: {train_count:,} tokens to train on, "
         f"{max_iters * tokens_per_iter / train_count:.2f} epochs in {max_iters:,} iterations; "
         f"{val_count:,} to validate on"
     )
+    if state.iter_num >= max_iters:
+        say(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
+    elif decay_lr and warmup_iters >= max_iters:
+        say(f"the run never leaves its warm-up: warmup_iters {warmup_iters}, max_iters {max_iters}")
+    elif decay_lr and lr_decay_iters < max_iters:
+        say(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
 
-# Print the settings that differ from the checkpoint's. dtype follows from the machine, and changes results.
-for key, value in checkpoint.get('config', {}).items():
-    asked_for = key in given_keys and key not in KEYS_NOT_RESUMED
-    if (asked_for or key == 'dtype') and config[key] != value:
-        say(f"{key} was {value!r} in the checkpoint, is {config[key]!r} now")
-if checkpoint.get('rewinds'):
-    say(f"{resume_path} comes from a run with --rewind, which is gone: from here on its batches are others")
-if best_starts_anew:
-    say(f"other data than {resume_path} was trained on, or a shorter context: the best val loss starts anew")
-if saving and state.iter_num >= max_iters:
-    say(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
-elif saving and decay_lr and warmup_iters >= max_iters:
-    say(f"the run never leaves its warm-up: warmup_iters {warmup_iters}, max_iters {max_iters}")
-elif saving and decay_lr and lr_decay_iters < max_iters:
-    say(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
+
+announce()
 
 
 # ---------- torch.compile, then DistributedDataParallel ----------
