@@ -195,6 +195,7 @@ def configure(script):
 
         if kind is RuntimeError and isinstance(error.__context__, OSError):
             error = error.__context__  # torch.save has raised its own on top of it
+            kind = type(error)
         text = ' '.join(str(error).splitlines())
         user_error = any(base.__name__ == 'UserError' for base in kind.__mro__)
         out_of_memory = kind.__name__.endswith('MemoryError') or "can't allocate memory" in text
@@ -220,7 +221,8 @@ def configure(script):
             return
 
         # Under torchrun all ranks may fail alike, and one should speak. When rank 0 has ended, torchrun sends
-        # SIGTERM to the others, which wait for it here. A rank that fails alone speaks after the wait.
+        # SIGTERM to the others, which wait for it here. (train.py's handler would only note it; the default
+        # one ends the sleep.) A rank that fails alone speaks after the wait.
         if not first_rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)

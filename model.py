@@ -32,7 +32,7 @@ ACTIVATIONS = {'gelu': 'none', 'gelu_tanh': 'tanh'}
 # GPT-2's sizes on the Hugging Face hub have 124M, 350M, 774M and 1558M parameters.
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
-# transformers has six names for our two activations. Of the names of one, the first rounds as ours does.
+# transformers has six names for our two activations. Where one has several, the first rounds as ours does.
 HF_ACTIVATIONS = {
     'gelu': 'gelu',
     'gelu_python': 'gelu',
@@ -106,8 +106,9 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, pos=None, mask=None):
-        """x (B, T, C) -> (B, T, C). cache (2, B, H, length, D), pos (T,) and mask (T, length) are those of
-        GPT.hidden. One row may fill a cache of B rows."""
+        """x (B, T, C) -> (B, T, C). cache (2, B, H, length, D) holds the keys and values of up to `length`
+        tokens, or is None. pos (T,) are the positions of x in it, None if x begins the text. mask (T, length)
+        tells what each token sees. One row of x may fill a cache of B rows."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
@@ -235,7 +236,8 @@ class GPT(nn.Module):
             logits = self.lm_head(x)  # (B, T, V)
             return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
+        return None, ChunkedCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
     def crop_block_size(self, block_size):
         """Shortens the context for good, for example from GPT-2's 1024 tokens to what fits into memory."""
@@ -299,9 +301,10 @@ class GPT(nn.Module):
         """Moves the model to `device` and replaces its linear layers by faster modules. After that it can
         neither be trained nor saved.
 
-        On a CPU, unless pack is False, they become PackedLinear: with weights in float32 if that is dtype,
-        else in float16. Elsewhere, and for bfloat16, all but lm_head become HalfLinear: its outputs must not
-        be rounded to a half precision, where the largest logits tie."""
+        On a CPU, unless pack is False, each becomes a PackedLinear, in float32 if that is dtype, else in
+        float16. Elsewhere each becomes a HalfLinear, but for lm_head, whose outputs in a half precision would
+        tie, and in float32 all stay as they are. With bfloat16 on a CPU lm_head is packed and the others are
+        HalfLinear."""
         self.eval().to(device)
         on_cpu = torch.device(device).type == 'cpu' and torch.backends.mkldnn.is_available()
         names = [name for name, module in self.named_modules() if type(module) is nn.Linear]
@@ -436,7 +439,7 @@ class GPT(nn.Module):
                 path = last
             checkpoint = read_checkpoint(path)
 
-            # last.pt exists only while it is newer.
+            # ckpt.pt is the newest evaluated model, or the best one. last.pt exists only while it is newer.
             newer = f"; {last} is newer" if path.name == 'ckpt.pt' and last.exists() else ''
             if os.environ.get('RANK', '0') == '0':  # one of torchrun's processes speaks
                 print(f"{path}: weights of iteration {checkpoint.get('iter_num')}{newer}", file=sys.stderr)
@@ -455,8 +458,8 @@ class GPT(nn.Module):
         except (TypeError, RuntimeError, AttributeError) as error:  # a field or a value of another kind
             raise UserError(f"{MISFIT}: {one_line(error)}") from error
 
-        # Our checkpoints hold the tokenizer, nanoGPT's the name of the data set, if at all. 'NAME' is for the
-        # error of tokenizer().
+        # Our checkpoints hold the tokenizer, nanoGPT's the name of the data set. Without either, tokenizer()
+        # finds nothing in data/NAME: then it is GPT-2's, or an error that names this folder.
         dataset = checkpoint.get('config', {}).get('dataset') or 'NAME'
         model.tokenizer_source = checkpoint.get('tokenizer') or Path(__file__).parent / 'data' / dataset
         return model
@@ -494,7 +497,8 @@ class GPT(nn.Module):
                 )
 
         # save_pretrained writes another vocabulary than ours: without padding, and with <|endoftext|> for
-        # characters. It notes ours in the config, under the size of the one that it writes.
+        # characters. It notes ours in the config, as {size that it writes: our size}, so that the note does
+        # not hold any more once another tool has resized the vocabulary. In JSON the key is a text.
         noted = getattr(hf, 'checkpoint_vocab_size', {})
         vocab_size = noted.get(str(hf.vocab_size), hf.vocab_size)
         weights = convert_hf(hf_model.state_dict(), vocab_size)
@@ -733,12 +737,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     still there; backward only scales them.
 
     x (N, C), weight (V, C), targets (N,) with -1 for positions that do not count -> loss (), float32 or
-    wider. Products are in the dtype that autocast would choose."""
+    wider. Products are in the dtype that autocast would choose. with_grad tells whether gradients will be
+    needed, which cannot be seen in here."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, with_grad):
         dtype = autocast_dtype(x)
-        with_grad = any(ctx.needs_input_grad)
         N, V = x.size(0), weight.size(0)
         # The chunks are of one size, so that none is small and slow.
         largest_chunk = LOSS_CHUNK if x.device.type == 'cpu' else 4 * LOSS_CHUNK
@@ -787,7 +791,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_w, count = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
         scale = grad_loss / count
-        return grad_x.to(x_dtype) * scale, (grad_w * (16 * scale)).to(weight_dtype), None
+        return grad_x.to(x_dtype) * scale, (grad_w * (16 * scale)).to(weight_dtype), None, None
 
 
 class Muon(torch.optim.AdamW):

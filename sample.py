@@ -35,7 +35,8 @@ dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # None: what the
 compile = False  # torch.compile: half a minute at the start, for many tokens on a GPU
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
-# These imports take seconds: --help and most mistakes are answered before.
+# The configurator has left `config`, a dict of the keys, and refuses negative numbers. It prints a UserError
+# as one line. The imports take seconds: --help and most mistakes are answered before.
 import numpy as np
 import torch
 
@@ -47,7 +48,7 @@ for key in ('num_samples', 'max_new_tokens'):
 if top_p is not None and not 0 < top_p <= 1:
     sys.exit(f"top_p must be in (0, 1], not {top_p}")
 
-# The model, its tokenizer and the prompt.
+# The model, its tokenizer and the prompt. Packed weights, which a CPU has in float16, cannot be compiled.
 device, dtype = choose_device(device, dtype, sampling=not compile)
 device_type = torch.device(device).type
 model = GPT.from_checkpoint(out_dir) if init_from == 'resume' else GPT.from_pretrained(init_from)
@@ -66,7 +67,6 @@ start = start.encode(errors='replace').decode()  # for bytes of the command line
 text = '' if start == '\n' and tokenizer.kind == 'char' else start
 prompt = tokenizer.encode(text) or [tokenizer.bos]
 
-# Packed weights cannot be compiled.
 model.for_sampling(device, getattr(torch, dtype), pack=not compile)
 
 # Attention on CUDA wants a cache whose length is a multiple of 64: else it pads its mask in every step.

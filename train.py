@@ -102,8 +102,8 @@ world_size = int(os.environ['WORLD_SIZE']) if distributed else 1
 master_process = rank == 0  # prints and saves
 no_bar = None if master_process else True  # tqdm's `disable`: None shows a bar, but on terminals only
 
-# These are known before a checkpoint is read: none has dataset=None, and out_dir and eval_only are not taken
-# from it.
+# The settings of a checkpoint replace keys only further down. These stay right all the same: no checkpoint
+# has dataset=None, and out_dir and eval_only are never taken from one.
 has_data = dataset is not None
 saving = has_data and not eval_only  # whether this run leaves files
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -130,7 +130,7 @@ stop_requested = False  # by a signal; the loop then saves and leaves
 
 
 def request_stop(number, frame):
-    """Handles the signals that ask a run to end. A second Ctrl-C ends it at once, whatever it is doing."""
+    """Handles the signals that ask a run to end. In one process, a second Ctrl-C ends it at once."""
     global stop_requested
     stop_requested = True
     if number == signal.SIGINT and not distributed:  # torchrun sends each rank the first Ctrl-C twice
@@ -204,7 +204,8 @@ def kept_checkpoints():
 def newest_old_files():
     """The run that was set aside last in out_dir, as {name: NAME.old}. Empty if there is none."""
     old_checkpoints = [path for path in Path(out_dir).glob('*.pt.old*') if path.suffix.startswith('.old')]
-    # A kill may have left two names of one file, of the same age. The greater number was given later.
+    # A file gets its second name before it loses the first. A kill in between leaves both, and the next new
+    # run gives a third, .old1, to the same file of the same age. The greater number was given later.
     order = {path: (os.path.getmtime(path), len(path.suffix), path.suffix) for path in old_checkpoints}
     newest = max(old_checkpoints, key=order.get, default=None)
     if newest is None:
@@ -249,8 +250,8 @@ def read_newest_checkpoint(paths):
 found = [path for path in (ckpt_path, last_path, *kept_checkpoints()) if os.path.exists(path)]
 set_aside = {} if found else newest_old_files()
 
-# Where only .old files are left, a new run was killed before its first save. There `auto` does not begin anew
-# in silence, but is answered like `resume`.
+# Where only .old files are left, a new run was killed before its first save. There `auto` is refused, as
+# `resume` is: to begin anew in silence would be a surprise.
 if init_from == 'auto':
     init_from = 'resume' if found or set_aside else 'scratch'
     config['init_from'] = init_from
@@ -436,7 +437,7 @@ def make_optimizer():
         for p, moments in optim.state.items():
             if set(moments) not in OPTIMIZER_STATES:
                 raise ValueError("moments are missing")
-            moments['step'] = moments['step'].reshape(())
+            moments['step'] = moments['step'].reshape(())  # an error if it is no single number
             for name in set(moments) - {'step'}:
                 moment = moments[name][: p.size(0)]  # longer only for wpe, where the context was cropped
                 if moment.shape != p.shape:
@@ -625,7 +626,9 @@ def set_aside_earlier_run():
 
 
 def begin_metrics():
-    """Cuts metrics.jsonl off where this process begins, and adds a line with the settings."""
+    """Cuts metrics.jsonl off where this process begins, and adds a line with the settings.
+
+    An evaluation at this very iteration goes too. Where a run without a stop has one, it comes again."""
     lines = []
     if os.path.exists(metrics_path):
         for line in Path(metrics_path).read_bytes().splitlines():
@@ -653,6 +656,7 @@ def claim_out_dir():
     if resume_path is None:
         set_aside_earlier_run()
     elif best_starts_anew:
+        # The run goes on from these files, and its saves replace them: they only get second names.
         old_names = keep_as_old([*kept_checkpoints(), ckpt_path, last_path])
         say(f"kept: {', '.join(old_names.values())}")
     begin_metrics()
@@ -990,7 +994,7 @@ def train_step(iteration):
         loss_sum += loss.detach()
         get_batch('train', *following)  # into its cache, while the device works
         if stop_requested and not distributed:
-            return None, None
+            return None, None  # the gradients so far are dropped
 
     # DDP has averaged the gradients over the ranks, but the mean over all micro-steps is their sum. (Losses
     # times world_size would be the same, and overflow float16 sooner.)

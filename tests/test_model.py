@@ -599,6 +599,30 @@ def test_pretrained_alone(erf_gpt2, alone):
 # The chunked loss
 
 
+class CountProducts(TorchDispatchMode):
+    """Counts the products of matrices that are computed within its block."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_evaluation_computes_no_gradients():
+    """The loss without logits takes one product a chunk under no_grad, not three: forward of an
+    autograd.Function cannot see that.
+    """
+    net = GPT(GPTConfig(block_size=8, vocab_size=29, n_layer=1, n_head=2, n_embd=16))
+    x, y = tokens(2, 8), tokens(2, 8)
+    counts = []
+    for with_grad in (True, False):
+        with CountProducts() as counted, torch.set_grad_enabled(with_grad):
+            net(x, y, return_logits=False)
+        counts.append(counted.products)
+    assert counts[0] - counts[1] == 2
+
+
 @pytest.mark.parametrize('chunk', [1, 29 * 3, 29 * 7, 10**6])
 @pytest.mark.parametrize('ignored', ['none', 'some', 'all'])
 def test_chunked_loss(monkeypatch, chunk, ignored):
@@ -608,7 +632,7 @@ def test_chunked_loss(monkeypatch, chunk, ignored):
     x, w = (torch.randn(n, 8, generator=g, dtype=torch.float64).requires_grad_() for n in (19, 29))
     y = tokens(19)
     y[{'none': slice(0), 'some': slice(0, 19, 3), 'all': slice(None)}[ignored]] = -1
-    loss = ChunkedCrossEntropy.apply(x, w, y)
+    loss = ChunkedCrossEntropy.apply(x, w, y, True)
     got = torch.autograd.grad(3 * loss, (x, w))
     if ignored == 'all':
         assert loss == 0 and not any(q.any() for q in got)
@@ -618,7 +642,7 @@ def test_chunked_loss(monkeypatch, chunk, ignored):
     for a, b in zip(got, torch.autograd.grad(3 * want, (x, w)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        assert ChunkedCrossEntropy.apply(x, w, y) == loss.detach()
+        assert ChunkedCrossEntropy.apply(x, w, y, False) == loss.detach()
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -650,7 +674,7 @@ def test_chunked_loss_used_twice(dtype):
 def test_chunked_loss_differentiates_once():
     """A gradient of its gradient is an error: the saved gradients are constants, and it came out wrong."""
     x = torch.randn(5, 8, requires_grad=True)
-    loss = ChunkedCrossEntropy.apply(x, torch.randn(7, 8), tokens(5, high=7))
+    loss = ChunkedCrossEntropy.apply(x, torch.randn(7, 8), tokens(5, high=7), True)
     (grad,) = torch.autograd.grad(loss**2, x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
@@ -664,7 +688,7 @@ def test_chunked_loss_in_half_precision(dtype, tolerance):
     w = (0.1 * torch.randn(20000, 32, generator=g)).requires_grad_()
     y = tokens(64, high=20000)
     with torch.autocast('cpu', dtype):
-        loss = ChunkedCrossEntropy.apply(x, w, y)
+        loss = ChunkedCrossEntropy.apply(x, w, y, True)
     want = F.cross_entropy(x @ w.T, y)
     assert loss.dtype == torch.float32 and abs(loss - want) < tolerance
     for a, b in zip(*(torch.autograd.grad(65536 * of, (x, w)) for of in (loss, want)), strict=True):
@@ -678,7 +702,7 @@ def test_float16_sums_do_not_overflow():
     x, w = torch.full((8000, 4), 10.0), torch.zeros(8, 4, requires_grad=True)
     y = torch.zeros(8000, dtype=torch.long)
     with torch.autocast('cpu', torch.float16):
-        loss = ChunkedCrossEntropy.apply(x, w, y)
+        loss = ChunkedCrossEntropy.apply(x, w, y, True)
     (grad,) = torch.autograd.grad(loss, w)
     (want,) = torch.autograd.grad(F.cross_entropy(x @ w.T, y), w)
     torch.testing.assert_close(grad, want, rtol=1e-2, atol=1e-3)
