@@ -1068,7 +1068,10 @@ def report_stop():
     elif exploded:
         rest = f"the model has exploded and is not saved. {way_back()}"
     else:
-        rest = f"go on with `{resume_command(out_dir)}`"
+        # Before this process has taken a step, no checkpoint knows the keys that it was given.
+        unknown = sorted(given_keys.difference(KEYS_NOT_RESUMED)) if state.iter_num == first_iter else []
+        arguments = [f'--{key}={config[key]}' for key in unknown]
+        rest = f"go on with `{resume_command(out_dir, *arguments)}`"
     say(f"stopped before iteration {state.iter_num}: {rest}")
 
 

@@ -405,6 +405,9 @@ def test_early_stop_harms_nothing(run, start, tmp_path):
         assert process.wait(20) == 0 and 'step ' not in out
         assert f'stopped before iteration {iteration}: {says}' in out
         assert contents(tmp_path / 'out') == before
+    # no checkpoint knows what was asked for now, so the command repeats it
+    command = re.search('go on with `(.*)`', out)[1]
+    assert '--max_iters=9' in command and '--eval_iters=100000' in command
 
 
 @posix
