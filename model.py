@@ -589,7 +589,7 @@ class GPT(nn.Module):
         except (KeyError, RuntimeError) as error:
             raise UserError(f"transformers' GPT-2 has other weights ({one_line(error)})") from error
         with torch.no_grad():
-            ours = model.lm_head(model.hidden(ids))[..., : tokenizer.vocab_size]
+            ours = model(ids, targets=ids)[0][..., : tokenizer.vocab_size]
             theirs = hf_model.eval()(ids).logits[..., : tokenizer.vocab_size]
         difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
         if not difference <= 1e-4 * largest:  # so that nan does not pass

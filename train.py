@@ -257,7 +257,10 @@ if init_from == 'auto':
     config['init_from'] = init_from
 if init_from == 'resume' and set_aside:
     command = restore_command(set_aside)
-    raise UserError(f"no checkpoint at {ckpt_path}: bring back the run that was set aside by `{command}`")
+    raise UserError(
+        f"no checkpoint at {ckpt_path}: bring back the run that was set aside by `{command}`, or begin anew "
+        "with --init_from=scratch"
+    )
 if init_from == 'resume' and not found:
     raise UserError(f"no checkpoint at {ckpt_path}: train first, or name the folder with --out_dir")
 
@@ -434,6 +437,8 @@ def make_optimizer():
         for group, own in zip(optim.param_groups, settings, strict=True):
             group.update(own)
 
+        if not optim.state:
+            raise ValueError("moments are missing")
         for p, moments in optim.state.items():
             if set(moments) not in OPTIMIZER_STATES:
                 raise ValueError("moments are missing")

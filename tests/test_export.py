@@ -157,6 +157,12 @@ def with_untied_head(net):
     net.lm_head = torch.nn.Linear(8, 64, bias=False)
 
 
+def with_another_forward(net):
+    """A subclass that computes more than hidden and lm_head."""
+    forward = net.forward
+    net.forward = lambda *arguments, **how: (2 * forward(*arguments, **how)[0], None)
+
+
 def with_deep_head(net):
     net.lm_head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 64))
 
@@ -166,6 +172,7 @@ def with_deep_head(net):
     [
         (with_norms, 'would compute other logits, by '),
         (with_activations, 'would compute other logits, by '),
+        (with_another_forward, 'would compute other logits, by '),
         (with_gains, 'would compute other logits, by '),
         (with_width, 'has other weights'),
         (with_untied_head, 'would compute other logits, by '),

@@ -321,6 +321,7 @@ def test_other_ways_to_the_script(run, house, trained, tmp_path):
     for script in ('data/../train.py', 'data/link/train.py'):
         words = run(script, *SMALL, '--init_from=resume', '--optimizer=muon', status=1)
         assert 'another --optimizer than muon' in words
+    (house / 'data' / 'link').unlink()
 
 
 @slow
