@@ -524,7 +524,7 @@ def test_memory_does_not_grow_with_the_data(run, house, sampler):
         f.truncate(2 * 10**9)
     (folder / 'val.bin').write_bytes(bytes(10_000))
     (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 4}))
-    how = ['--dataset=sparse', '--batch_size=256', '--block_size=512', '--n_embd=4', '--n_layer=1']
+    how = ['--dataset=sparse', '--batch_size=256', '--block_size=128', '--n_embd=4', '--n_layer=1']
     out = run('train.py', *SMALL, *how, '--max_iters=12', f'--sampler={sampler}', real=True).stdout
     peaks = [float(peak) for peak in re.findall(r'^iter .*, ([\d.]+) GB$', out, re.M)]
     assert len(peaks) == 12 and peaks[-1] - peaks[2] < 0.02
