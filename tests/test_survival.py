@@ -204,7 +204,9 @@ def test_kills(run, start, tmp_path, request):
 
 
 @posix
-@pytest.mark.parametrize('name', [pytest.param('SIGTERM', marks=slow), 'SIGINT', 'SIGHUP', 'SIGUSR1'])
+@pytest.mark.parametrize(
+    'name', [pytest.param('SIGTERM', marks=slow), 'SIGINT', 'SIGHUP', pytest.param('SIGUSR1', marks=slow)]
+)
 def test_polite_stop(run, start, tmp_path, name):
     """The unfinished iteration is dropped, the state at its start saved, status 0. The command that is
     printed goes on as it stands, bit for bit.
