@@ -568,9 +568,8 @@ def get_batch(stream, iteration, micro_step):
     starts = window_starts(stream, iteration, micro_step)
     positions = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     is_beyond = positions >= len(data)  # only in the last batch of a val.bin that is read in order
-    tokens = np.asarray(
-        data[np.where(is_beyond, 0, positions)]
-    )  # (B, T + 1) uint16; targets beyond are masked below
+    # What stands beyond the end is any token, and its target is masked below.
+    tokens = np.asarray(data[np.where(is_beyond, 0, positions)])  # (B, T + 1) uint16
     if tokens.max() >= vocab_size:
         raise UserError(
             f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at "
@@ -732,9 +731,8 @@ class Log:
         self.clock = time.perf_counter()
         self.clock_iter = state.iter_num
         if self.clock_iter == first_iter:
-            self.first_clock = (
-                self.clock
-            )  # behind the first evaluation; the time left includes the later ones
+            # The time left counts from here, behind the first evaluation, and so includes the later ones.
+            self.first_clock = self.clock
 
     def step(self, loss, grad_norm):
         """An iteration's log line and record. The time left follows from the mean speed of this process."""
