@@ -2,8 +2,8 @@
 How text becomes token ids and back. There are three kinds of tokenizers, and a file in the folder of the data
 set tells which one it was prepared with:
 
-    meta.pkl         CharTokenizer: one token per character. It is nanoGPT's file, a dict with vocab_size,
-                     stoi (character to id) and itos (id to character)
+    meta.pkl         CharTokenizer: one token per character, or per word of a fixed list. It is nanoGPT's
+                     file, a dict with vocab_size, stoi (token to id) and itos (id to token)
     tokenizer.json   TrainedBPE: a byte-pair encoding (BPE) that was trained on the text, in the format of the
                      tokenizers library
     neither          GPT2BPE: GPT-2's own byte-pair encoding, from tiktoken
@@ -13,26 +13,36 @@ All three have the same attributes and methods:
     kind                 'char', 'bpe' or 'gpt2'
     spec                 a dict of plain values, which checkpoints hold; Tokenizer(spec) makes it again
     vocab_size           every id is smaller than it
-    eot                  the id that ends a document; None if the tokens are characters
+    eot                  the id of <|endoftext|>, which ends a document; None where no token is that
     bos                  the id that a sample begins with if there is no prompt
     encode(text)         returns the ids of a text
     decode(ids)          returns the text of a list of ids
     reads_like(other)    returns whether both tokenizers have the same text for every id
-    files()              returns the file that read_tokenizer_spec reads, as {name: bytes}
+    files()              returns the file to write beside a data set, as {name: bytes}; none for GPT-2's
     for_transformers()   returns the same tokenizer as an object of the tokenizers library, with <|endoftext|>
                          added if it is missing, because other tools ask for it
+
+In a prompt, <|endoftext|> is the token. A tokenizer that is made with ordinary=True takes it for a text of 13
+characters like any other, as training data need it.
+
+A template says how a document is made of texts, and which of its tokens count in the loss: see "Templates".
 """
 
 import json
 import pickle
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 EOT = '<|endoftext|>'
 
-# This pattern cuts a text into the same words as GPT-2's own, in half the time: tiktoken's engine is fast
-# where a part has no look-ahead, so the first four stand in a group of their own. At the end of a text
-# `\s++$` finds what `\s+(?!\S)` finds.
+# GPT-2's own pattern is
+#     '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+# and this one cuts a text into the same words in half the time. tiktoken's engine is fast where a group has
+# no look-ahead, so the first four alternatives stand in one of their own. At the end of a text `\s++$` finds
+# what `\s+(?!\S)` finds. What that leaves is always a single character, so `\s` does what `\s+` did.
 WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
 
@@ -71,37 +81,64 @@ def same_texts(tokenizer, other):
     return texts_of_ids(tokenizer) == texts_of_ids(other)
 
 
+def longest_first(tokens):
+    """Returns a pattern that matches the longest token that fits, and where none does, any character."""
+    words = [re.escape(token) for token in sorted(tokens, key=len, reverse=True) if len(token) > 1]
+    return '|'.join([*words, r'[\s\S]'])
+
+
 class CharTokenizer:
     kind = 'char'
-    eot = None
     reads_like = same_texts
 
-    def __init__(self, spec):
+    def __init__(self, spec, ordinary=False):
         if 'stoi' not in spec or 'itos' not in spec:
             raise UserError("meta.pkl counts the tokens but does not name them: it lacks stoi or itos")
         self.spec = spec
         self.itos = spec['itos']
         self.vocab_size = len(self.itos)
 
-        # stoi must be the inverse of itos, but may know further characters, such as capitals that are read as
-        # small letters. Its ids may be floats, which equal the ints that replace them here.
+        # If putting the inverse of itos over stoi changes nothing, the two agree. stoi may know further
+        # characters, such as capitals that are read as small letters, and its ids may be floats, as 1.0 is 1.
         inverse = {self.itos[i]: i for i in range(self.vocab_size)}
         self.stoi = {**spec['stoi'], **inverse}
-        if self.stoi != spec['stoi']:  # it gives a character of itos another id, or none
+        if self.stoi != spec['stoi']:
             raise UserError("stoi and itos disagree, or an id is missing")
         if ''.join(self.stoi) == '':  # join raises an error where a key is no text
             raise UserError("stoi and itos disagree, or have no character")
 
-        self.bos = self.stoi.get('\n', 0)
+        self.eot = self.stoi.get(EOT)
+        self.bos = self.stoi.get('\n', 0) if self.eot is None else self.eot
+        self.ordinary = ordinary
+        self.tokens = set(self.stoi) - {''}
+        if ordinary:
+            self.tokens.discard(EOT)
+
+        # Single characters are looked up in a table, by their code points. An unknown one has -1 there.
+        self.table = np.full(0x110000, -1, dtype=np.int32)
+        for token in self.tokens:
+            if len(token) == 1:
+                self.table[ord(token)] = self.stoi[token]
+
+        # Where tokens have several characters, a text is cut into the longest that fit.
+        self.has_words = max(map(len, self.tokens)) > 1
+        self.pattern = longest_first(self.tokens)
 
     def encode(self, text):
-        unknown = set(text) - self.stoi.keys()
-        if unknown:
+        if self.has_words:
+            pieces = re.findall(self.pattern, text)
+            ids = np.array([self.stoi.get(piece, -1) for piece in pieces], dtype=np.int32)
+        else:
+            codes = np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
+            ids = self.table[codes]
+
+        if (ids < 0).any():
+            unknown = min(set(re.findall(self.pattern, text)) - self.tokens)
             raise UserError(
-                f"the model does not know the character {min(unknown)!r}: "
+                f"the model does not know the character {unknown!r}: "
                 f"its {self.vocab_size} characters are {''.join(self.stoi)[:100]!r}"
             )
-        return [self.stoi[character] for character in text]
+        return ids if self.ordinary else ids.tolist()
 
     def decode(self, ids):
         return ''.join(self.itos[i] for i in ids)
@@ -114,10 +151,11 @@ class CharTokenizer:
     def for_transformers(self):
         import tokenizers
 
-        # Each character is a word of its own, and Fuse joins the words without spaces. An unknown character
-        # is an error, because it would be read as the word '', which does not exist.
+        # Each token is a word of its own, and Fuse joins the words without spaces. An unknown character is an
+        # error, because it would be read as the word '', which does not exist.
         result = tokenizers.Tokenizer(tokenizers.models.WordLevel(self.stoi, unk_token=''))
-        result.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
+        pattern = tokenizers.Regex(self.pattern)
+        result.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, 'isolated')
         result.decoder = tokenizers.decoders.Fuse()
         result.add_special_tokens([EOT])
         return result
@@ -143,11 +181,11 @@ class TrainedBPE:
         # True means that special tokens in a text are encoded as any other text.
         self.bpe.encode_special_tokens = ordinary
         self.eot = self.bpe.token_to_id(EOT)
-        self.bos = self.eot or 0
+        self.bos = 0 if self.eot is None else self.eot
 
     def encode(self, text):
         with user_errors(f"the tokenizer cannot read {text[:60]!r}"):
-            return self.bpe.encode(text).ids
+            return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.bpe.decode(ids, skip_special_tokens=False)
@@ -204,7 +242,8 @@ class GPT2BPE:
     def for_transformers(self):
         from transformers.convert_slow_tokenizer import TikTokenConverter
 
-        # The converter would read the ranks from a file. They are in memory already.
+        # The converter would read the ranks from a file, and they are in memory already. In its engine `$`
+        # matches before a last newline too, but behind `\s++` none can follow.
         converter = TikTokenConverter(pattern=WORDS)
         converter.load_tiktoken_bpe = lambda path: self.bpe._mergeable_ranks
         result = converter.converted()
@@ -216,10 +255,10 @@ def Tokenizer(spec, ordinary=False):
     """Returns the tokenizer that `spec` describes.
 
     In a prompt <|endoftext|> is the token that ends a document. With ordinary=True, as for training data, it
-    is a text of 13 characters like any other.
+    is a text of 13 characters like any other, and ids may come as an array instead of a list.
     """
     if spec['kind'] == 'char':
-        return CharTokenizer(spec)
+        return CharTokenizer(spec, ordinary)
     if spec['kind'] == 'bpe':
         return TrainedBPE(spec, ordinary)
     return GPT2BPE(ordinary)
@@ -259,12 +298,15 @@ def read_meta(path):
 def read_tokenizer_json(path):
     """Returns the spec of a TrainedBPE, or of a CharTokenizer that was exported for transformers."""
     text = path.read_text('utf-8')
-    model = json.loads(text)['model']
-    vocab = model['vocab']
+    content = json.loads(text)
+    model, decoder = content['model'], content.get('decoder') or {}
 
-    # CharTokenizer.for_transformers makes a word of each character. Here they are characters again.
-    if model['type'] == 'WordLevel' and max(map(len, vocab)) == 1:
-        return char_tokenizer(sorted(vocab, key=vocab.get)).spec
+    # A WordLevel model whose words are joined without spaces, and counted without gaps, is what
+    # CharTokenizer.for_transformers has made: the words are its tokens.
+    vocab = model['vocab']
+    if model.get('type') == 'WordLevel' and decoder.get('type') == 'Fuse':
+        if sorted(vocab.values()) == list(range(len(vocab))):
+            return char_tokenizer(sorted(vocab, key=vocab.get)).spec
     return {'kind': 'bpe', 'json': text}
 
 
@@ -279,10 +321,11 @@ def read_tokenizer_spec(folder):
 
 
 def char_tokenizer(alphabet):
-    """Returns a tokenizer whose id i is the i-th character of `alphabet`."""
+    """Returns a tokenizer for training data whose id i is the i-th character, or token, of `alphabet`."""
     itos = dict(enumerate(alphabet))
-    stoi = {character: i for i, character in itos.items()}
-    return CharTokenizer({'kind': 'char', 'vocab_size': len(stoi), 'stoi': stoi, 'itos': itos})
+    stoi = {token: i for i, token in itos.items()}
+    spec = {'kind': 'char', 'vocab_size': len(stoi), 'stoi': stoi, 'itos': itos}
+    return CharTokenizer(spec, ordinary=True)
 
 
 def train_bpe(texts, vocab_size):
@@ -295,3 +338,141 @@ def train_bpe(texts, vocab_size):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size, special_tokens=[EOT])
     return TrainedBPE({'kind': 'bpe', 'json': bpe.to_str()}, ordinary=True)
+
+
+# -----------------------------------------------------------------------------
+# Templates
+#
+# A template such as "Question: {question}\nAnswer: {answer}" makes a document of a row, which is a dict of
+# texts. A document is a list of parts, pairs (text, counts). `counts` says whether the tokens of the text are
+# targets in the loss; a text of None is the token <|endoftext|>. Each part is encoded for itself, so the ids
+# of a prompt, which ends where a part ends, are those that training saw.
+
+DOCUMENTS = '{text}'  # the template of plain documents, in which every token counts
+CONVERSATIONS = '{messages}'  # the template of rows with a list of messages, each with a role and a content
+FIELD = re.compile(r'\{([^{}]+)\}')
+
+
+def unescape(text):
+    """Returns a text of the command line with \\n, \\t and \\\\ as a newline, a tab and a backslash."""
+    characters = {'n': '\n', 't': '\t', '\\': '\\'}
+    return re.sub(r'\\([nt\\])', lambda match: characters[match[1]], text)
+
+
+def template_fields(template):
+    """Returns the names in braces, in their order. Raises UserError where there are none, or other braces."""
+    fields = FIELD.findall(template)
+    rest = FIELD.sub('', template)
+    if not fields or '{' in rest or '}' in rest:
+        raise UserError(
+            f"the template {template!r} does not name its fields in braces, as "
+            "--template=\"Question: {question}\\nAnswer: {answer}\" does"
+        )
+    return fields
+
+
+def text_in(row, field):
+    """Returns the text of a field. Raises UserError."""
+    value = row.get(field)
+    if value is None:
+        raise UserError(f"the field \"{field}\" is missing")
+    if type(value) is not str:
+        raise UserError(f"the field \"{field}\" is no text, but {value!r:.40}")
+    return value
+
+
+def conversation_parts(messages):
+    """Returns the parts of a conversation. The assistant's answers count, each with an <|endoftext|>."""
+    if type(messages) is not list or not all(type(message) is dict for message in messages):
+        raise UserError("the field \"messages\" is no list of messages with a role and a content")
+    parts = []
+    prompt = ''  # what comes next and does not count
+    for message in messages:
+        role = text_in(message, 'role')
+        content = text_in(message, 'content').strip()
+        if role == 'system':
+            prompt += f'{content}\n'
+        elif role == 'user':
+            prompt += f'User: {content}\n'
+        elif role == 'assistant':
+            parts += [(f'{prompt}Assistant:', False), (f' {content}', True), (None, True)]
+            prompt = '\n'
+        else:
+            raise UserError(f"the role {role!r} is none of system, user, assistant")
+
+    # The <|endoftext|> of a last answer ends the document too. Behind another message it does not count.
+    if not messages or role != 'assistant':
+        parts += [(prompt, False), (None, False)]
+    return parts
+
+
+# The same in the language of transformers, for exports.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set content = message.content | trim %}"
+    "{% if message.role == 'system' %}{{ content + '\\n' }}"
+    "{% elif message.role == 'user' %}{{ 'User: ' + content + '\\n' }}"
+    "{% else %}{{ 'Assistant: ' + content + eos_token }}"
+    "{% if add_generation_prompt or not loop.last %}{{ '\\n' }}{% endif %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}"
+    "{% elif messages[-1].role != 'assistant' %}{{ eos_token }}{% endif %}"
+)
+
+
+def template_parts(template, row):
+    """Returns the parts of the document that a template makes of a row. Raises UserError.
+
+    What stands before the last field does not count; that field and all behind it do."""
+    if template == DOCUMENTS:
+        return [(text_in(row, 'text'), True), (None, True)]
+    if template == CONVERSATIONS:
+        return conversation_parts(row.get('messages'))
+
+    def filled(text):
+        return FIELD.sub(lambda match: text_in(row, match[1]).strip(), text)
+
+    *_, last_field = FIELD.finditer(template)
+    prompt = filled(template[: last_field.start()])
+    answer = filled(template[last_field.start() :])
+
+    # A space before the answer is part of its first token.
+    if prompt.endswith(' '):
+        prompt = prompt[:-1]
+        answer = f' {answer}'
+    return [(prompt, False), (answer, True), (None, True)]
+
+
+def template_prompt(template, line):
+    """Returns what a model reads before it answers a line. Raises UserError where a template has not exactly
+    one field to fill."""
+    if template == CONVERSATIONS:
+        question = {'role': 'user', 'content': line}
+        answer = {'role': 'assistant', 'content': ''}
+        row = {'messages': [question, answer]}
+    else:
+        *others, last = template_fields(template)
+        to_fill = set(others) - {last}
+        if len(to_fill) != 1:
+            raise UserError(
+                f"the template {template!r} has {len(to_fill)} fields for a line to fill, instead of one: "
+                "name another with --template"
+            )
+        row = {to_fill.pop(): line, last: ''}
+
+    # The first part is all that stands before the answer.
+    prompt, _ = template_parts(template, row)[0]
+    return prompt
+
+
+def encode_parts(tokenizer, parts):
+    """Encodes each part for itself. Returns ids and mask, (n,) each: the mask is 1 where a token counts.
+
+    For a tokenizer without <|endoftext|> there may be no None among them: write_documents drops it."""
+    ids, mask = [], []
+    for text, counts in parts:
+        tokens = [tokenizer.eot] if text is None else tokenizer.encode(text)
+        ids.append(np.asarray(tokens, dtype='<u2'))
+        mask.append(np.full(len(tokens), counts, dtype=np.uint8))
+    return np.concatenate(ids), np.concatenate(mask)
