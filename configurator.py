@@ -69,7 +69,8 @@ def configure(script):
             raise UserError(f"{takes}, not {value!r:.40}")
 
         # The shell does not expand the ~ of --out_dir=~/runs.
-        if key in ('out_dir', 'init_from', 'input', 'files'):
+        paths = ('out_dir', 'init_from', 'input', 'files', 'tokenizer', 'val')  # val may be a number
+        if key in paths and type(value) is str:
             return os.path.expanduser(value)
         return value
 
@@ -85,6 +86,8 @@ def configure(script):
                 return path
 
         ending = f" here or in {project} (its name ends in .py); a key is written --key=value"
+        if 'input' in config:
+            ending = f"; a text is named by --input={name[:160]}"
         for path in project.glob('config/*.py'):
             if path.stem == Path(name).stem:
                 ending = f", did you mean config/{path.name}?"

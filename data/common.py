@@ -1,20 +1,44 @@
-"""What the prepare.py scripts share, and atomic writes for train.py too."""
+"""
+What the prepare.py scripts share, and atomic writes for train.py too. From top to bottom: files that appear
+whole; reading files of text and of rows; documents; train.bin and val.bin.
 
+A document is made of parts, pairs (text, counts), as data/tokenizer.py has them under "Templates": `counts`
+says whether the tokens of the text count in the loss, and a text of None is <|endoftext|>. The bins are
+written from a stream of parts, so memory does not grow with the text.
+"""
+
+import codecs
+import csv
+import filecmp
+import glob
 import hashlib
+import io
 import json
+import math
 import os
+import re
 import shutil
 import sys
+import sysconfig
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from itertools import islice
+from contextlib import closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data.tokenizer import char_tokenizer, one_line
+from data.tokenizer import (
+    CONVERSATIONS,
+    DOCUMENTS,
+    EOT,
+    char_tokenizer,
+    encode_parts,
+    template_fields,
+    template_parts,
+    text_in,
+)
 
 TINY_SHAKESPEARE = (  # address, SHA-256
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
@@ -28,6 +52,7 @@ def atomic_write(path):
 
     A process that is killed meanwhile leaves the old file, or the new one, whole."""
     part = Path(f"{path}.part")
+    part.unlink(missing_ok=True)  # after a kill it may be a second name of a good file, which link has made
     try:
         with open(part, 'wb') as f:
             yield f
@@ -110,6 +135,23 @@ def download(url, sha256, path):
     return content
 
 
+def library_modules():
+    """Returns the modules of Python's own standard library, {path: text}, sorted by path: those in ASCII,
+    without what was installed, tests, and what not every Python has.
+    """
+    skipped = 'site-packages dist-packages test tests idlelib lib2to3 turtledemo ensurepip'.split()
+    stdlib = Path(sysconfig.get_path('stdlib'))
+    modules = {}
+    for path in sorted(path.relative_to(stdlib) for path in stdlib.rglob('*.py')):
+        if not set(skipped).intersection(path.parts):
+            text = (stdlib / path).read_bytes()
+            if text.isascii():
+                modules[path] = text.decode().replace('\r\n', '\n')
+    if not modules:
+        sys.exit(f"{stdlib} holds no modules in source form: this Python was stripped, use another one")
+    return modules
+
+
 def check_vocab_size(vocab_size):
     """Exits if a BPE cannot be trained to that size."""
     if not 257 <= vocab_size <= 65536:
@@ -117,119 +159,408 @@ def check_vocab_size(vocab_size):
 
 
 # -----------------------------------------------------------------------------
-# Documents, as a datasets.Dataset
+# Files of text and of rows
+
+ROWS = '.jsonl', '.json', '.csv', '.parquet'
+
+# All files of a data set. write_bins deletes those of an old one in this order.
+FILES = 'train.bin val.bin train.mask val.mask template.txt meta.pkl tokenizer.json words.json'.split()
+
+
+def kind_of(path):
+    """Returns the suffix of a file of rows, and .txt for any other file. x.csv.gz is of the kind of x.csv."""
+    suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in ('.gz', '.zst')]
+    return suffixes[-1] if suffixes and suffixes[-1] in ROWS else '.txt'
+
+
+def read_blocks(path):
+    """Yields the bytes of a file in blocks, decompressed where its name ends in .gz or .zst."""
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(path) as f:
+            while block := f.read(1_000_000):
+                yield block
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror or error}")
+
+
+def encoding_of(path, encoding=''):
+    """Returns how a text is encoded: in UTF-16 if it begins with that mark, else as `encoding` says."""
+    block = next(read_blocks(path), b'')
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'utf-16'
+    name = codecs.lookup(encoding or 'utf-8').name
+    if name == 'utf-16':
+        return 'utf-16-le'  # Python wants a mark for the other
+    if name == 'utf-8':
+        return 'utf-8-sig'  # perhaps with a mark too
+    return name
+
+
+def is_text(path, encoding):
+    """Returns whether a file looks like text. Pictures, programs and .docx have zero bytes; a PDF may not."""
+    block = next(read_blocks(path), b'')
+    text = block.decode(encoding_of(path, encoding), errors='replace')
+    return '\0' not in text and not text.startswith('%PDF')
+
+
+def find_files(source, encoding=''):
+    """Returns the files that a path or a glob names, sorted, and their kind. A folder means all its files.
+
+    What is no text is left out, which a line says, and so are the files of a data set and names that begin
+    with a dot."""
+    # A path may look like a glob, such as "notes [1].txt".
+    pattern = f'{glob.escape(source)}/**' if os.path.isdir(source) else source
+    found = {path for path in [source, *glob.glob(pattern, recursive=True)] if os.path.isfile(path)}
+    # Where a data set stands beside its text, its own files are left out, and so are those with .old.
+    names = {path: os.path.basename(path).partition('.old')[0] for path in found}
+    paths = sorted(path for path in found if path == source or names[path] not in FILES)
+    if not paths:
+        sys.exit(f"{source}: no such text")
+
+    others = [path for path in paths if kind_of(path) == '.txt' and not is_text(path, encoding)]
+    paths = [path for path in paths if path not in others]
+    if not paths:
+        sys.exit(f"{others[0]}: no text (export it as text if it is from a word processor, or a PDF)")
+    if others:
+        print(f"files that are no text are left out: {len(others)}, such as {', '.join(others[:3])}")
+
+    # Where there is other text, a .json is most likely settings of a program, so it is text too.
+    kinds = {kind_of(path) for path in paths}
+    if kinds == {'.txt', '.json'}:
+        kinds = {'.txt'}
+    if len(kinds) > 1:
+        sys.exit(
+            f"{source}: files of several kinds, {', '.join(sorted(kinds))}: name those of one kind, "
+            "such as \"FOLDER/**/*.txt\""
+        )
+    return paths, kinds.pop()
+
+
+def encoding_advice(data, encoding):
+    """Returns what to do about bytes that are not of this encoding; `data` begins with the first of them."""
+    # In GB18030, the encoding of much Chinese text, more than half of the bytes above 127 are in pairs like
+    # these. In cp1252, of Western Europe, they are accented letters between others.
+    pairs = re.findall(rb'[\xa1\xa3\xb0-\xd7][\xa1-\xfe]', data)
+    is_chinese = 2 * len(pairs) > sum(byte > 127 for byte in data) / 2
+    guess = 'gb18030' if is_chinese else 'cp1252'
+    if guess == encoding:
+        return "name the encoding that it has by --encoding"
+    return f"--encoding={guess} would read {data[:20].decode(guess, 'replace')!r} there"
+
+
+def read_text(path, encoding=''):
+    """Yields a text in blocks, with \\n for \\r\\n. Exits at the first byte that is not of its encoding."""
+    encoding = encoding_of(path, encoding)
+    # This keeps the bytes of half a character, and half of \r\n, until the next block comes.
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=False)
+    size = 0  # of the blocks so far
+    was_ascii = True  # whether all before was, which says nothing about the encoding
+    for block in chain(read_blocks(path), [b'']):  # the empty block is the end
+        size += len(block)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            # error.object is what the decoder has kept and this block, so it ends at byte `size`.
+            bad = error.object[error.start :]
+            advice = "before it the text is, so it may be damaged there"
+            if was_ascii and error.object[: error.start].isascii():
+                advice = encoding_advice(bad[:1000], encoding)
+            place = f"{path}: byte {size - len(bad)}, {bad[0]:#x}"
+            sys.exit(f"{place}, is not {encoding.removesuffix('-sig')}; {advice}")
+        was_ascii = was_ascii and text.isascii()
+        yield text.replace('\r\n', '\n')
+
+
+def read_rows(path, encoding=''):
+    """Yields the rows of a file, as dicts. Raises ValueError or csv.Error where one cannot be read."""
+    import pyarrow.parquet
+
+    kind = kind_of(path)
+    if kind == '.parquet':
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(64):
+            for i in range(len(batch)):
+                yield batch.slice(i, 1).to_pylist()[0]
+        return
+
+    lines = io.TextIOWrapper(pyarrow.input_stream(path), encoding_of(path, encoding), newline='')
+    if kind == '.csv':
+        csv.field_size_limit(2**31 - 1)
+        yield from csv.DictReader(lines, strict=True)
+        return
+    for line in lines:
+        if line.lstrip().startswith('['):  # not a row, but a list of all rows
+            yield from json.loads(line + lines.read())
+        elif line.strip():
+            yield json.loads(line)
+
+
+def each_row(paths, function, encoding=''):
+    """Yields function(row) for the rows of files. Exits with file and row where one has a mistake."""
+    for path in paths:
+        number = 1
+        try:
+            for row in read_rows(path, encoding):
+                # csv files the surplus of a row that is longer than the first one under None.
+                if type(row) is not dict or None in row:
+                    raise ValueError(f"it has no fields, or more than the first line: {row!r:.60}")
+                yield function(row)
+                number += 1
+        except (ValueError, OSError, csv.Error) as error:
+            # Lines are decoded many at a time, so the row of a wrong byte is not known. read_text exits and
+            # names the byte.
+            if isinstance(error, UnicodeDecodeError) and kind_of(path) != '.parquet':
+                for _ in read_text(path, encoding):
+                    pass
+            sys.exit(f"{path}, row {number}: {' '.join(str(error).split())}")
+
+
+# -----------------------------------------------------------------------------
+# Documents
+
+PIECE = 100_000  # characters that are encoded at once
+
+# Where a text may be cut: before its last newline, or else before its last space or behind its last Chinese
+# mark, but not before white space, and behind a mark only before a letter or a digit.
+AT_NEWLINE = re.compile(r'(?s).+(?=\n\S)')
+AT_SPACE = re.compile(r'(?s).+((?=[ \t\u3000]\S)|(?<=[，。])(?=[^\W_]))')
+
+
+def pieces(texts):
+    """Cuts a text, which comes in texts of any length, into pieces of about 100,000 characters.
+
+    A cut falls before the last character of some white space, as in "a ", " b". GPT-2's pattern, and that of
+    every byte-level BPE, leaves that one to the word behind it anyway: the tokens are "a", " ", " b" with and
+    without the cut. So the pieces have the ids of the whole. Only a text that has no such place in a million
+    characters is cut anywhere.
+    """
+    held = ''
+    for text in texts:
+        for start in range(0, len(text), PIECE):
+            held += text[start : start + PIECE]
+            if len(held) < PIECE:
+                continue
+            place = AT_NEWLINE.match(held) or AT_SPACE.match(held)
+            if place or len(held) > 10 * PIECE:
+                end = place.end() if place else len(held)
+                yield held[:end]
+                held = held[end:]
+    if held:
+        yield held
+
+
+def text_parts(name, texts, count):
+    """Yields the parts of `count` plain documents. A bar with this name shows the progress."""
+    for text in tqdm(texts, desc=name, total=count, unit=' documents', disable=None):
+        yield text, True
+        yield None, True
+
+
+def without_surrogates(text):
+    """Returns a text. Raises ValueError if half of a surrogate pair, as JSON may hold it, is in it."""
+    text.encode()
+    return text
+
+
+def load_rows(paths, fields, cache_dir):
+    """Returns the rows of files as a datasets.Dataset with these fields, which must be texts."""
+    import datasets
+
+    def texts_of(row):
+        return {field: without_surrogates(text_in(row, field)) for field in fields}
+
+    def rows():
+        yield from each_row(paths, texts_of)
+
+    if next(rows(), None) is None:
+        sys.exit(f"there are no rows in {', '.join(paths[:3])}")
+    features = datasets.Features({field: datasets.Value('large_string') for field in fields})
+    return datasets.Dataset.from_generator(rows, features, str(cache_dir))
 
 
 def split_documents(documents, test_size):
-    """Splits documents into train and val as nanoGPT splits OpenWebText."""
-    if len(documents) == 1:
-        print("a single document: it goes to train.bin, and val.bin stays empty")
-        return documents, documents.select([])
+    """Splits a datasets.Dataset into train and val as nanoGPT splits OpenWebText."""
+    if len(documents) < 2:
+        sys.exit("one document cannot be divided into train and val here: data/custom/prepare.py can do that")
     split = documents.train_test_split(test_size=test_size, seed=2357, shuffle=True)
     return split['train'], split['test']
 
 
-def check_texts(source, documents, *fields):
-    """Exits unless every document has a text in each field. Raises ValueError if a text is not Unicode."""
-    for field in fields:
-        # A field that is missing, or of numbers, is a text in none of the documents.
-        kind = getattr(documents.features.get(field), 'dtype', 'missing')
-        without_text = len(documents)
-        if kind in ('string', 'large_string'):
-            without_text = documents.data[field].null_count
-        if without_text > 0 or len(documents) == 0:
-            sys.exit(
-                f"{source}: {len(documents)} documents with the fields {', '.join(documents.features)}, "
-                f"but each must have a text in the field \"{field}\" ({kind}; {without_text} have none)"
-            )
+class Documents:
+    """The documents of files. They are read once when this is made, and again whenever it is iterated.
 
-        # This reads every text, and raises the ValueError.
-        documents.data[field].validate(full=True)
-
-
-def in_batches(documents):
-    """Yields documents as dicts of lists, in batches of about a megabyte and of at most 64 documents."""
-    table = documents.data
-    batch_size = 1_000_000 * len(table) // (table.nbytes + 1)
-    return documents.iter(min(max(batch_size, 1), 64))
-
-
-def texts_of(path, kind):
-    """Yields the texts of a file row by row. Raises an error at a row that is not a text in Unicode."""
-    import fsspec
-    import pyarrow.parquet
-
-    with fsspec.filesystem('file').open(path, compression='infer') as f:
-        if kind == 'parquet':
-            for text in pyarrow.parquet.read_table(f, columns=['text'])['text']:
-                yield text.as_py()
-        else:
-            for line in f:
-                text = line.decode()
-                if kind == 'json' and text.strip():
-                    text = json.loads(text)['text']
-                    text.encode()  # raises an error if half of a surrogate pair is in it
-                yield text
-
-
-def unreadable(paths, kind, error):
-    """Says which row datasets could not read, and why. The `error` that it raised does not name the row, so
-    the files are read once more here.
+    It yields lists of parts: those of a row, which is a document, or a piece of a text. The list that ends a
+    document has <|endoftext|> as its last part. Exits where something cannot be read.
     """
-    for path in paths:
-        rows = 0
-        try:
-            for _ in texts_of(path, kind):
-                rows += 1
-        except Exception as found:
-            return f"{path}, row {rows + 1} ({one_line(found)})"
-        if rows == 0:
-            return f"{path} is empty"
-    return one_line(error.__cause__ or error)
+
+    def __init__(self, source, template='', encoding='', end_of_text=False):
+        """end_of_text: whether <|endoftext|> in a text ends a document."""
+        self.paths, self.kind = find_files(source, encoding)
+        self.encoding = encoding
+        self.end_of_text = end_of_text
+        self.template = template or DOCUMENTS
+        if self.kind == '.txt' and self.template != DOCUMENTS:
+            sys.exit(f"{source} is text, and --template is for rows: {', '.join(ROWS)}")
+        if self.kind != '.txt' and not template:
+            first_row = next(each_row(self.paths, dict, encoding), {})
+            if 'messages' in first_row:
+                self.template = CONVERSATIONS
+
+        lengths = [0]
+        occurs = np.zeros(0x110000, dtype=bool)  # by code point
+        self.ends = 0  # how often <|endoftext|> stands in the texts
+        self.lists = 0  # how many lists there are
+        for parts in tqdm(self, desc='reading', unit=' pieces', disable=None):
+            text = ''.join(text for text, _ in parts if text)
+            lengths[-1] += len(text)
+            occurs[np.frombuffer(text.encode('utf-32-le'), dtype='<u4')] = True
+            self.ends += text.count(EOT)
+            self.lists += 1
+            if parts[-1][0] is None:
+                lengths.append(0)
+        self.lengths = np.array(lengths[:-1])  # of each document, in characters
+        self.alphabet = set(map(chr, np.flatnonzero(occurs)))
+        if self.lengths.sum() == 0:
+            sys.exit(f"{source}: nothing but empty files")
+
+    def __iter__(self):
+        if self.kind == '.txt':
+            return self.texts()
+        return each_row(self.paths, self.parts_of, self.encoding)
+
+    def texts(self):
+        for path in self.paths:
+            has_text = False  # whether the document has, perhaps in earlier pieces; without any it is none
+            for piece in pieces(read_text(path, self.encoding)):
+                texts = piece.split(EOT) if self.end_of_text else [piece]
+                for number, text in enumerate(texts):
+                    if number > 0 and has_text:  # behind an <|endoftext|>
+                        yield [(None, True)]
+                        has_text = False
+                    if self.end_of_text and not has_text:
+                        text = text.lstrip('\n')  # it stands between the documents
+                    if text:
+                        yield [(text, True)]
+                        has_text = True
+            if has_text:
+                yield [(None, True)]
+
+    def parts_of(self, row):
+        """Returns the parts of a row. Raises ValueError."""
+        missing = set(template_fields(self.template)) - row.keys()
+        if missing:
+            problem = f"it has the fields {', '.join(row)}, but no {', '.join(sorted(missing))}"
+            texts = [field for field, value in row.items() if type(value) is str and value.strip()]
+            if self.template == DOCUMENTS and texts:  # a question may come first, and its answer last
+                names = dict.fromkeys([texts[0], texts[-1]])
+                example = '\\n'.join(f'{field.capitalize()}: {{{field}}}' for field in names)
+                problem += f": say how they make a document, such as --template=\"{example}\""
+            raise ValueError(problem)
+        parts = template_parts(self.template, row)
+        without_surrogates(''.join(text for text, _ in parts if text))
+        return parts
+
+    def stream(self, name, starts, stops):
+        """Yields all parts, but of document i only the characters from starts[i] to stops[i]. A bar with this
+        name shows the progress."""
+        i = 0
+        position = 0  # in document i
+        for parts in tqdm(self, desc=name, total=self.lists, unit=' pieces', disable=None):
+            for text, counts in parts:
+                if text is not None:
+                    selected = text[max(starts[i] - position, 0) : max(stops[i] - position, 0)]
+                    position += len(text)
+                    if selected:
+                        yield selected, counts
+                elif starts[i] < stops[i]:
+                    yield None, counts
+            if parts[-1][0] is None:
+                i += 1
+                position = 0
 
 
 # -----------------------------------------------------------------------------
 # train.bin and val.bin
 
 
-def write_ids(f, pieces):
-    """Writes arrays of ids as little-endian uint16. Returns how many ids they hold."""
-    count = 0
-    for ids in pieces:
-        ids = np.asarray(ids, dtype='<u2')
-        f.write(ids.tobytes())
-        count += len(ids)
-    return count
+def replace_files(folder, new):
+    """Moves the files in `new` to `folder`, where those of an older data set are kept under second names.
+    Returns these names."""
+    old_names = [name for name in FILES if (folder / name).is_file()]
+    if set(old_names) == set(os.listdir(new)):
+        if all(filecmp.cmp(folder / name, new / name, shallow=False) for name in old_names):
+            return []  # they are the same
+
+    second_names = keep_as_old([str(folder / name) for name in old_names]).values()
+    # The old train.bin goes first, and the new one comes last: FILES begins with it.
+    for name in old_names:
+        (folder / name).unlink()
+    for name in reversed(FILES):
+        if (new / name).exists():
+            os.replace(new / name, folder / name)
+    flush_folder(folder)
+    return [Path(name).name for name in second_names]
 
 
-def write_bins(folder, tokenizer, train, val):
-    """Writes train.bin, val.bin and the tokenizer's file; train and val are iterables of arrays of ids.
+def write_split(new, split, pairs, has_masks):
+    """Writes pairs (ids, mask) to SPLIT.bin and, if there are masks, SPLIT.mask in the folder `new`. Returns
+    what to say about it."""
+    tokens = 0
+    counted = 0
+    bin_path, mask_path = new / f'{split}.bin', new / f'{split}.mask'
+    with atomic_write(bin_path) as bin_file, atomic_write(mask_path) as mask_file:
+        for ids, mask in pairs:
+            bin_file.write(np.asarray(ids, dtype='<u2').tobytes())
+            if has_masks:
+                mask_file.write(mask.tobytes())
+            tokens += len(ids)
+            counted += int(mask.sum())
+    if not has_masks:
+        mask_path.unlink()
+
+    if tokens < 2:
+        sys.exit(f"there is not enough text for {split}.bin: it would have {tokens} tokens")
+    if counted == 0:
+        sys.exit(f"no token of {split}.bin would count in the loss")
+    count = f", {counted:,} of them count" if has_masks else ''
+    words = f"{split}.bin has {tokens:,} tokens{count}"
+    if split == 'val' and tokens < 1025:
+        words += (
+            "\nthat is less than a sequence of train.py's default --block_size=1024: "
+            "data/custom/prepare.py takes a larger share with --val"
+        )
+    return words
+
+
+def write_bins(folder, tokenizer, train, val, files=None):
+    """Writes train.bin, val.bin, the tokenizer's file and `files`, {name: bytes}; train and val are iterables
+    of pairs (ids, mask). With a template.txt among the files it writes train.mask and val.mask too.
 
     At every instant, even if this process is killed then, a train.bin that exists stands beside the val.bin
-    and the tokenizer that belong to it. The old data set stays whole until the new one is on the disk. Then
-    the old train.bin is deleted first, and the new train.bin appears last.
+    and the other files that belong to it. The old data set stays whole until the new one is on the disk.
     """
     if tokenizer.vocab_size > 65536:
         sys.exit(f"{tokenizer.vocab_size} different tokens are more than uint16 can count")
+    contents = {**tokenizer.files(), **(files or {})}
 
-    # When the block ends, atomic_write gives the files their names: the last one opened comes first, and
-    # train.bin, which is opened first, comes last.
-    names = ['train.bin', 'val.bin', *tokenizer.files()]
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(atomic_write(folder / name)) for name in names}
-        for name, content in tokenizer.files().items():
-            files[name].write(content)
-        print(f"val.bin has {write_ids(files['val.bin'], val):,} tokens")
-        print(f"train.bin has {write_ids(files['train.bin'], train):,} tokens")
+    new = folder / 'new.part'
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir()
+    try:
+        for name, content in contents.items():
+            with atomic_write(new / name) as f:
+                f.write(content)
+        val_words = write_split(new, 'val', val, 'template.txt' in contents)
+        train_words = write_split(new, 'train', train, 'template.txt' in contents)
+        old_names = replace_files(folder, new)  # now that all is on the disk
+    finally:
+        shutil.rmtree(new)
 
-        # A full disk is noticed here at the latest, while the old data set is still whole.
-        for f in files.values():
-            f.flush()
-            os.fsync(f.fileno())
-
-        # The tokenizer's old file may have another name than the new one, so nothing would replace it.
-        for name in ('train.bin', 'meta.pkl', 'tokenizer.json'):
-            (folder / name).unlink(missing_ok=True)
+    # Only now, because whoever reads this may leave, as `| head` does.
+    print(f"{val_words}\n{train_words}")
+    if old_names:
+        print(f"{folder} had other data: kept as {', '.join(old_names)}")
 
 
 def write_characters(folder, train, val):
@@ -237,47 +568,82 @@ def write_characters(folder, train, val):
     alphabet = sorted(set(train) | set(val))
     print(f"{len(train) + len(val):,} characters, {len(alphabet)} different: {''.join(alphabet)[:200]!r}")
     tokenizer = char_tokenizer(alphabet)
-    write_bins(folder, tokenizer, train=[tokenizer.encode(train)], val=[tokenizer.encode(val)])
+    train_ids, val_ids = (encode_parts(tokenizer, [(text, True)]) for text in (train, val))
+    write_bins(folder, tokenizer, [train_ids], [val_ids])
 
 
-def encode_documents(name, tokenizer, num_workers, count, lists):
-    """Yields an array of ids for each list of texts; the lists have `count` texts in all.
+def in_lists(parts):
+    """Yields parts in lists of about 100,000 characters, for which longer ones are cut."""
+    batch = []
+    size = 0
+    for text, counts in parts:
+        texts = [None] if text is None else pieces([text])
+        for piece in texts:
+            batch.append((piece, counts))
+            size += len(piece or '')
+            if size >= PIECE:
+                yield batch
+                batch = []
+                size = 0
+    if batch:
+        yield batch
 
-    Threads encode them. Processes would not be faster, since tokenizers release the GIL. Few lists are in
-    flight at a time, so memory stays bounded.
+
+def trainable(lists):
+    """Returns how many characters of lists of texts a BPE can be trained on in about 500 MB: inf if all.
+
+    The trainer takes some 100 times the memory of all different words. English has few. In Chinese, without
+    spaces, whole clauses are words, and hardly two of them are the same.
     """
+    words = set()
+    size = 0  # of the words, in bytes
+    characters = 0
+    for texts in lists:
+        text = '\n'.join(texts)
+        new = set(re.findall(r'\w+', text)) - words
+        words |= new
+        size += len(''.join(new).encode())
+        characters += len(text)
+        if size > 5_000_000:
+            return characters
+    return math.inf
 
-    def encode(texts):
-        """Returns the texts themselves too, because their lengths are counted below."""
-        pieces = []
-        for text in texts:
-            pieces += [tokenizer.encode(text), [tokenizer.eot]]
-        # uint16 holds every id, as write_bins checks.
-        return texts, np.concatenate(pieces, dtype='<u2', casting='unsafe')
 
-    tokens = characters = 0
-    with ThreadPoolExecutor(num_workers) as pool, tqdm(total=count, desc=name, unit=' documents') as bar:
+def joined(parts):
+    """Yields parts with a newline between documents, for a tokenizer without <|endoftext|>."""
+    at_end = False
+    for text, counts in parts:
+        if text is not None:
+            if at_end:
+                yield '\n', True
+            yield text, counts
+        at_end = text is None
+
+
+def encode_documents(tokenizer, num_workers, parts):
+    """Yields pairs (ids, mask) of parts.
+
+    Threads encode them. Processes would not be faster, since tokenizers release the GIL. Few lists of parts
+    are in flight at a time, so memory stays bounded.
+    """
+    with ThreadPoolExecutor(num_workers) as pool:
         # This reads a list, and hands it to a thread, only when the next of its elements is asked for.
-        submitted = (pool.submit(encode, texts) for texts in lists)
+        submitted = (pool.submit(encode_parts, tokenizer, batch) for batch in in_lists(parts))
 
         # Two lists more than threads are in flight. For each one that is finished, another one is submitted.
         running = list(islice(submitted, min(num_workers, 256) + 2))
         while running:
-            texts, ids = running.pop(0).result()
+            pair = running.pop(0).result()
             running.extend(islice(submitted, 1))
-            yield ids
-
-            tokens += len(ids)
-            characters += sum(map(len, texts))
-            bar.set_postfix_str(f"{tokens / max(1, characters):.3f} tokens a character", refresh=False)
-            bar.update(len(texts))
+            yield pair
 
 
-def write_documents(folder, tokenizer, num_workers, train, val):
-    """Writes documents, each ended by eot. train and val are pairs: the number of texts, an iterable of lists
-    of texts.
-    """
-    train_ids = encode_documents('train', tokenizer, num_workers, *train)
-    val_ids = encode_documents('val', tokenizer, num_workers, *val)
-    with closing(train_ids), closing(val_ids):  # an error ends the threads and the bars before it is printed
-        write_bins(folder, tokenizer, train_ids, val_ids)
+def write_documents(folder, tokenizer, num_workers, train, val, files=None):
+    """Writes two streams of parts with write_bins."""
+    if tokenizer.eot is None:
+        train = joined(train)
+        val = joined(val)
+    train_pairs = encode_documents(tokenizer, num_workers, train)
+    val_pairs = encode_documents(tokenizer, num_workers, val)
+    with closing(train_pairs), closing(val_pairs):  # an error ends the threads before it is printed
+        write_bins(folder, tokenizer, train_pairs, val_pairs, files)

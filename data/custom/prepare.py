@@ -1,89 +1,266 @@
 """
-Any plain text as a data set: writes train.bin, val.bin and the tokenizer into data/NAME, for --dataset=NAME.
+Your own text as a data set: writes train.bin, val.bin and the tokenizer into data/NAME, for --dataset=NAME.
 
     python data/custom/prepare.py --input=book.txt --name=mytext
-    python data/custom/prepare.py --input="texts/**/*.txt" --tokenizer=bpe --vocab_size=8192 --name=mytext
+    python data/custom/prepare.py --input="texts/**/*.md" --tokenizer=bpe --vocab_size=8192 --name=mytext
+    python data/custom/prepare.py --input=faq.jsonl --template="Question: {question}\\nAnswer: {answer}"
 """
 
-import glob
+import codecs
+import itertools
+import math
 import os
+import shlex
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-input = ''  # a text file in UTF-8, a folder of .txt files, or a glob
+input = ''  # a file, a folder or a glob: texts, or rows in .jsonl, .json, .csv or .parquet; .gz, .zst too
 name = 'custom'  # folder below data/ to write to
-tokenizer = 'char'  # char: one token per character; gpt2: GPT-2's; bpe: trained on this text
+tokenizer = 'char'  # char, gpt2, bpe (trained on this text), or the path of a data set or model that has one
 vocab_size = 4096  # of bpe, at most 65536; a small text yields fewer
+val: float | str = 0.1  # share of the text for validation, or the path of another text for it
+template = ''  # how a row makes a document, like "Question: {question}\nAnswer: {answer}"; {text} by default
+encoding = ''  # of texts that are neither UTF-8 nor marked UTF-16, such as gb18030 or cp1252
+end_of_text = False  # whether <|endoftext|> in a text (not in a row) ends a document, instead of being text
 num_workers = os.cpu_count() or 1  # threads that encode
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(ROOT))
-from data.common import check_vocab_size, write_characters, write_documents
-from data.tokenizer import Tokenizer, train_bpe
+import numpy as np
+
+from data.common import Documents, check_vocab_size, in_lists, trainable, write_documents
+from data.tokenizer import (
+    CONVERSATIONS,
+    DOCUMENTS,
+    EOT,
+    Tokenizer,
+    char_tokenizer,
+    read_tokenizer_json,
+    read_tokenizer_spec,
+    train_bpe,
+    unescape,
+    user_errors,
+)
+
+# For a text of at least so many tokens: layers, channels, iterations, and minutes on two CPU cores. What was
+# measured is in the readme.
+SIZES = [
+    (0, 3, 160, 300, 0.3),
+    (150_000, 3, 160, 1000, 1),
+    (700_000, 3, 160, 2200, 2),
+    (5_000_000, 4, 192, 6000, 10),
+    (20_000_000, 4, 256, 8000, 30),
+]
 
 folder = HERE.parent / name
-
-# The input may be the path of a file although it looks like a glob, such as "notes [1].txt".
-pattern = f'{glob.escape(input)}/**/*.txt' if os.path.isdir(input) else input
-paths = sorted({path for path in [input, *glob.glob(pattern, recursive=True)] if os.path.isfile(path)})
-
 if not input:
     sys.exit("which text? --input=FILE, a folder or a glob")
-if not paths:
-    sys.exit(f"--input={input}: no such text")
-if tokenizer not in ('char', 'gpt2', 'bpe'):
-    sys.exit(f"tokenizer {tokenizer!r} is none of char, gpt2, bpe")
-if tokenizer == 'bpe':
-    check_vocab_size(vocab_size)
-if num_workers < 1:
-    sys.exit(f"num_workers must be at least 1, not {num_workers}")
 if name in ('', '..') or Path(name).name != name:
     sys.exit(f"name {name!r} must be the name of a folder, without a path")
 if name != 'custom' and (folder / 'prepare.py').exists():
     sys.exit(f"data/{name} is a data set of its own: choose another --name")
+if num_workers < 1:
+    sys.exit(f"num_workers must be at least 1, not {num_workers}")
+if tokenizer == 'bpe':
+    check_vocab_size(vocab_size)
+if type(val) is float and not 0 < val < 1:
+    sys.exit(f"val must be a share between 0 and 1, or a path, not {val}")
+try:
+    codecs.lookup(encoding or 'utf-8')
+except LookupError:
+    sys.exit(f"--encoding={encoding}: Python knows no such encoding")
 
-texts = []
-for path in paths:
-    data = Path(path).read_bytes()
-    try:
-        texts.append(data.decode('utf-8-sig').replace('\r\n', '\n'))
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b'\n') + 1
-        sys.exit(
-            f"{path}, row {row}: not UTF-8 ({error.reason}, byte {data[error.start]:#x}); "
-            "iconv -f GB18030 -t UTF-8 converts Chinese text of old"
-        )
-texts = [text for text in texts if text]
-if not texts:
-    sys.exit(f"--input={input}: {len(paths)} empty files")
 
-# The first nine tenths of all characters are for training, the rest for validation. `left` is how many of the
-# nine tenths are still to come, so a text that is longer is cut in two there.
-train, val = [], []
-left = int(0.9 * sum(map(len, texts)))
-for text in texts:
-    if left > 0:
-        train.append(text[:left])
-    if left < len(text):
-        val.append(text[max(left, 0) :])
-    left -= len(text)
+# -----------------------------------------------------------------------------
+# Read once: how much there is, and which characters
 
-# An older data set stays as it is until everything that can fail has succeeded.
-folder.mkdir(exist_ok=True)
-if tokenizer == 'char':
-    write_characters(folder, '\n'.join(train), '\n'.join(val))
+
+def cut_points(documents, share):
+    """Returns where the characters for validation begin in each document, which go on to its end."""
+    lengths = documents.lengths
+    if documents.template == DOCUMENTS and len(lengths) < 20:
+        return np.array([int((1 - share) * length) for length in lengths])
+
+    # Whole documents are taken by chance until they make up the share. One that is larger than all of it is
+    # not taken; if all are larger, the smallest is. At least one document is left for training.
+    wanted = share * lengths.sum()
+    candidates = np.flatnonzero(lengths <= max(wanted, lengths[lengths > 0].min()))
+    candidates = np.random.default_rng(1337).permutation(candidates)[: len(lengths) - 1]
+    cuts = lengths.copy()
+    taken = 0
+    for i in candidates:
+        if taken >= wanted:
+            break
+        cuts[i] = 0
+        taken += lengths[i]
+    return cuts
+
+
+documents = Documents(input, unescape(template), encoding, end_of_text)
+lengths = documents.lengths
+is_plain = documents.template == DOCUMENTS  # without a template every token counts
+if documents.template == CONVERSATIONS and not template:
+    print("the rows have messages: they are conversations, in which the assistant's answers count")
+if documents.ends and documents.kind != '.txt':
+    print(f"{EOT} is in the rows {documents.ends:,} times, as text")
+elif documents.ends and not end_of_text:
+    print(f"{EOT} is in the text {documents.ends:,} times, as text: --end_of_text=True ends documents there")
+
+# Document i is for training up to character train_stops[i]. The text for validation is all behind that, or of
+# files of its own, and begins at character val_starts[i].
+if type(val) is str:
+    val_documents = Documents(val, documents.template, encoding, end_of_text)
+    train_stops = lengths
+    val_starts = np.zeros_like(val_documents.lengths)
 else:
-    if tokenizer == 'bpe':
-        bpe = train_bpe(train, vocab_size)
-    else:
-        bpe = Tokenizer({'kind': 'gpt2'}, ordinary=True)
-    write_documents(
-        folder,
-        bpe,
-        num_workers,
-        train=(len(train), [[text] for text in train]),
-        val=(len(val), [[text] for text in val]),
+    val_documents = documents
+    train_stops = val_starts = cut_points(documents, val)
+train_size = train_stops.sum()
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer
+
+
+def given_tokenizer():
+    """Returns the tokenizer of a tokenizer.json, or of the folder of a data set, checkpoint or export.
+
+    ordinary=True: <|endoftext|> in a text is text, as always in training data."""
+    path = Path(tokenizer)
+    if path.suffix == '.pt' or any(path.glob('*.pt')):
+        from model import GPT
+
+        return Tokenizer(GPT.from_checkpoint(path).tokenizer().spec, ordinary=True)
+    if path.is_file():
+        with user_errors(f"cannot read {path}"):
+            return Tokenizer(read_tokenizer_json(path), ordinary=True)
+    # A train.bin alone has GPT-2's tokens.
+    if any((path / file).is_file() for file in ('meta.pkl', 'tokenizer.json', 'train.bin')):
+        return Tokenizer(read_tokenizer_spec(path), ordinary=True)
+    sys.exit(
+        f"tokenizer {tokenizer!r} is none of char, gpt2, bpe, nor a tokenizer.json, "
+        "nor a folder with a data set, a checkpoint or an export"
     )
-print(f"train on it with --dataset={name}")
+
+
+def check_characters(encoder):
+    """Exits if there are characters that a given tokenizer does not know."""
+    unknown = alphabet - encoder.tokens
+    if not unknown:
+        return
+    counts = Counter()
+    for source in {documents, val_documents}:
+        for parts in source:
+            for text, _ in parts:
+                counts.update(character for character in text or '' if character in unknown)
+    names = [f'{character!r} ({count:,} times)' for character, count in counts.most_common(10)]
+    if '\n' in unknown - counts.keys():
+        names.append("the newline between documents")
+    left = len(unknown) - len(names)
+    more = f" and {left} more" if left > 0 else ''
+    sys.exit(
+        f"the tokenizer of {tokenizer} does not know {', '.join(names)}{more}: replace these characters, "
+        "or make a tokenizer of this text, with --tokenizer=char or bpe"
+    )
+
+
+def sample(step):
+    """Yields lists of texts of about 100,000 characters for training, one in `step`, spread over the text."""
+    parts = documents.stream('sample', np.zeros_like(lengths), train_stops)
+    for batch in itertools.islice(in_lists(parts), 0, None, step):
+        yield [text for text, _ in batch if text]
+
+
+alphabet = documents.alphabet | val_documents.alphabet
+if is_plain and max(len(lengths), len(val_documents.lengths)) > 1:
+    alphabet.add('\n')  # it stands between documents
+
+if tokenizer == 'char':
+    characters = sorted(alphabet)
+    print(f"{lengths.sum():,} characters, {len(characters)} different: {''.join(characters)[:200]!r}")
+    encoder = char_tokenizer(characters if is_plain else [*characters, EOT])
+elif tokenizer == 'bpe':
+    # At most 100 million characters, and of these no more than the trainer has memory for (trainable returns
+    # inf if it has enough, and then the second step is 0).
+    step = 1 + train_size // 100_000_000
+    step = max(step, math.ceil(train_size / trainable(sample(step))))
+    if step > 1:
+        print(f"the tokenizer is trained on one in {step} pieces of 100,000 characters")
+    encoder = train_bpe(sample(step), vocab_size)
+elif tokenizer == 'gpt2':
+    encoder = Tokenizer({'kind': 'gpt2'}, ordinary=True)
+else:
+    encoder = given_tokenizer()
+    if encoder.kind == 'char' and not encoder.has_words:  # of words, any character may be known or not
+        check_characters(encoder)
+    if encoder.eot is None and not is_plain:
+        sys.exit(f"the tokenizer of {tokenizer} has no {EOT}, in which a document of a template ends")
+
+    # Some tokenizers lose what they do not know, capitals or spaces, or put a space before what they encode.
+    beginning = ''.join(text for text, _ in next(iter(documents)) if text)
+    middle = len(beginning) // 2
+    ids = [*encoder.encode(beginning[:middle]), *encoder.encode(beginning[middle:])]
+    if encoder.decode(ids) != beginning:
+        sys.exit(
+            f"the tokenizer of {tokenizer} does not give a text back: {beginning[:40]!r} comes back as "
+            f"{encoder.decode(ids)[:40]!r}; --tokenizer=bpe makes one that does"
+        )
+
+# -----------------------------------------------------------------------------
+# The bins. An older data set stays as it is until everything that can fail has succeeded.
+
+folder.mkdir(exist_ok=True)
+write_documents(
+    folder,
+    encoder,
+    num_workers,
+    train=documents.stream('train', np.zeros_like(lengths), train_stops),
+    val=val_documents.stream('val', val_starts, val_documents.lengths),
+    files={} if is_plain else {'template.txt': documents.template.encode()},
+)
+tokens = (folder / 'train.bin').stat().st_size // 2
+print(
+    f"{len(lengths):,} documents, {tokens / train_size:.3f} tokens a character, "
+    f"vocabulary {encoder.vocab_size:,}"
+)
+
+# The first list of parts is a document, or the beginning of one.
+print("a document:\n" if is_plain else "a document, with brackets around what counts:\n")
+for counts, parts in itertools.groupby(next(iter(documents)), key=lambda part: part[1]):
+    end = '' if encoder.eot is None else EOT
+    text = ''.join(end if text is None else text for text, _ in parts)
+    if len(text) > 200:
+        text = f'{text[:120]} … {text[-60:]}'
+    print(f'[{text}]' if counts and not is_plain else text, end='')
+
+# -----------------------------------------------------------------------------
+# What to do next
+
+keys = [f'--dataset={name}', f'--out_dir=out-{name}']
+block_size = 128  # of the config
+model_files = [*Path(tokenizer).glob('*.pt'), *Path(tokenizer).glob('config.json')]
+is_model = tokenizer.endswith('.pt') or len(model_files) > 0
+if is_model and tokenizer not in ('char', 'gpt2', 'bpe'):  # go on with it
+    keys = ['config/train_python_char.py', f'--init_from={tokenizer}', *keys]
+elif encoder.kind == 'gpt2':
+    keys = ['config/finetune_shakespeare.py', '--init_from=gpt2', *keys]
+    block_size = 1024
+elif shutil.which('nvidia-smi'):  # a new model, on a GPU
+    keys = ['config/train_shakespeare_char.py', *keys]
+    block_size = 256
+else:  # or on a CPU
+    _, n_layer, n_embd, iterations, minutes = [size for size in SIZES if size[0] <= tokens][-1]
+    keys = ['config/train_python_char.py', *keys, f'--n_layer={n_layer}', f'--n_embd={n_embd}']
+    keys += [f'--max_iters={iterations}', f'--lr_decay_iters={iterations}']
+    print(f"\n\nabout {minutes} min on two CPU cores:", end='')
+# A sequence and its last target must fit into either split.
+fits = min(tokens, (folder / 'val.bin').stat().st_size // 2) - 1
+if fits < block_size:
+    keys.append(f'--block_size={fits}')
+talk = [] if is_plain else ['--chat=True']
+print(f"\n\ntrain on it: {shlex.join(['python', 'train.py', *keys])}")
+print(f"then:        {shlex.join(['python', 'sample.py', f'--out_dir=out-{name}', *talk])}")

@@ -6,7 +6,6 @@ that can run this. Writes train.bin, val.bin and meta.pkl beside this file.
 """
 
 import sys
-import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -14,20 +13,9 @@ ROOT = HERE.parents[1]
 
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(ROOT))
-from data.common import write_characters
+from data.common import library_modules, write_characters
 
-# These hold what was installed, tests, and what not every Python has.
-SKIPPED = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'ensurepip'}
-
-stdlib = Path(sysconfig.get_path('stdlib'))
-files = [path.relative_to(stdlib) for path in stdlib.rglob('*.py')]
-modules = []
-for path in sorted(file for file in files if not SKIPPED.intersection(file.parts)):
-    text = (stdlib / path).read_bytes()
-    if text.isascii():
-        modules.append(text.decode().replace('\r\n', '\n'))
-if not modules:
-    sys.exit(f"{stdlib} holds no modules in source form: this Python was stripped, use another one")
+modules = list(library_modules().values())
 cut = int(len(modules) * 0.9)
-print(f"{len(modules)} modules of {stdlib}, the last {len(modules) - cut} for validation")
+print(f"{len(modules)} modules of Python's library, the last {len(modules) - cut} for validation")
 write_characters(HERE, '\n'.join(modules[:cut]), '\n'.join(modules[cut:]))

@@ -13,12 +13,14 @@ ROOT = HERE.parents[1]
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(ROOT))
 from data.common import TINY_SHAKESPEARE, download, write_bins
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, encode_parts
 
 text = download(*TINY_SHAKESPEARE, HERE / 'input.txt').decode()
 cut = int(len(text) * 0.9)
 tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)
-write_bins(HERE, tokenizer, train=[tokenizer.encode(text[:cut])], val=[tokenizer.encode(text[cut:])])
+train = encode_parts(tokenizer, [(text[:cut], True)])
+val = encode_parts(tokenizer, [(text[cut:], True)])
+write_bins(HERE, tokenizer, [train], [val])
 
 # train.bin has 301,966 tokens
 # val.bin has 36,059 tokens

@@ -11,6 +11,7 @@ import glob
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -20,16 +21,7 @@ vocab_size = 16384  # of the tokenizer, at most 65536
 num_workers = os.cpu_count() or 1  # threads that encode
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(ROOT))
-import datasets
-
-from data.common import (
-    check_texts,
-    check_vocab_size,
-    in_batches,
-    split_documents,
-    unreadable,
-    write_documents,
-)
+from data.common import check_vocab_size, load_rows, split_documents, text_parts, write_documents
 from data.tokenizer import train_bpe
 
 paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
@@ -41,20 +33,16 @@ if not paths:
 if num_workers < 1:
     sys.exit(f"num_workers must be at least 1, not {num_workers}")
 check_vocab_size(vocab_size)
-try:
-    documents = datasets.load_dataset('json', data_files=[glob.escape(path) for path in paths], split='train')
-    check_texts(input, documents, 'title', 'text')
-except Exception as error:  # an empty file raises StopIteration, a damaged one whatever datasets meets
-    sys.exit(f"{input}: {unreadable(paths, 'json', error)}")
+copy = TemporaryDirectory(dir=HERE)  # of the rows, until this script ends
+documents = load_rows(paths, ['title', 'text'], copy.name)
 
 
 def articles(part):
-    """Yields lists of texts, each with its title on top, where wiki_zh_2019 has it already."""
-    for rows in in_batches(part):
-        yield [
-            text if text.startswith(title) else f'{title}\n\n{text}'
-            for title, text in zip(rows['title'], rows['text'], strict=True)
-        ]
+    """Yields the texts, each with its title on top, where wiki_zh_2019 has it already."""
+    for row in part:
+        title = row['title']
+        text = row['text']
+        yield text if text.startswith(title) else f'{title}\n\n{text}'
 
 
 train, val = split_documents(documents, test_size=0.005)
@@ -63,5 +51,9 @@ train, val = split_documents(documents, test_size=0.005)
 sample = train.select(range(0, len(train), len(train) // 50_000 + 1))
 tokenizer = train_bpe(articles(sample), vocab_size)
 write_documents(
-    HERE, tokenizer, num_workers, train=(len(train), articles(train)), val=(len(val), articles(val))
+    HERE,
+    tokenizer,
+    num_workers,
+    train=text_parts('train', articles(train), len(train)),
+    val=text_parts('val', articles(val), len(val)),
 )

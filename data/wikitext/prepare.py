@@ -21,7 +21,7 @@ input = ''  # a folder instead; without train.txt, train.bin holds the other spl
 num_workers = os.cpu_count() or 1  # threads that encode
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(ROOT))
-from data.common import atomic_write, write_documents
+from data.common import text_parts, write_documents
 from data.tokenizer import Tokenizer
 
 CORPORA = 'wikitext-2-raw-v1', 'wikitext-2-v1', 'wikitext-103-raw-v1', 'wikitext-103-v1'
@@ -114,19 +114,16 @@ words = {'train': count_words(train_lines), 'val': count_words(val_lines)}
 if 0 in words.values():
     sys.exit(f"--input={input}: an empty text")
 
-# words.json counts the words of the bins beside it, so it goes before they change and comes after them.
 tokenizer = Tokenizer({'kind': 'gpt2'}, ordinary=True)
 train, val = list(articles(train_lines)), list(articles(val_lines))
-(HERE / 'words.json').unlink(missing_ok=True)
 write_documents(
     HERE,
     tokenizer,
     num_workers,
-    train=(len(train), ([text] for text in train)),
-    val=(len(val), ([text] for text in val)),
+    train=text_parts('train', train, len(train)),
+    val=text_parts('val', val, len(val)),
+    files={'words.json': json.dumps(words).encode()},
 )
-with atomic_write(HERE / 'words.json') as f:
-    f.write(json.dumps(words).encode())
 print(f"words: {words['train']:,} in train.bin, {words['val']:,} in val.bin")
 
 # wikitext-2: 2,088,628 words in train, 217,646 in valid, 245,569 in test, as Merity et al. count them
