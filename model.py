@@ -186,6 +186,11 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         # tokenizer() is built from this: the spec of a tokenizer, or the folder of a data set.
         self.tokenizer_source = {'kind': 'gpt2'}
+        # What a checkpoint tells of its training, for the model card of an export.
+        self.origin = "Data and loss: unknown."
+        # How the documents it was trained on were made of fields, such as "Question: {question}\nAnswer:
+        # {answer}". None if they were plain text.
+        self.template = None
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -299,12 +304,14 @@ class GPT(nn.Module):
 
     def for_sampling(self, device, dtype, pack=True):
         """Moves the model to `device` and replaces its linear layers by faster modules. After that it can
-        neither be trained nor saved.
+        neither be trained nor saved. Raises UserError if dtype is none of torch's.
 
         On a CPU, unless pack is False, each becomes a PackedLinear, in float32 if that is dtype, else in
         float16. Elsewhere each becomes a HalfLinear, but for lm_head, whose outputs in a half precision would
         tie, and in float32 all stay as they are. With bfloat16 on a CPU lm_head is packed and the others are
         HalfLinear."""
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(f"for_sampling takes a dtype such as torch.float16, not {dtype!r}")
         self.eval().to(device)
         on_cpu = torch.device(device).type == 'cpu' and torch.backends.mkldnn.is_available()
         names = [name for name, module in self.named_modules() if type(module) is nn.Linear]
@@ -339,16 +346,19 @@ class GPT(nn.Module):
         """Reads the beginning of a text, idx (B, T), into an empty cache -> the next logits (B, V)."""
         return self.lm_head(self.hidden(idx, cache)[:, -1])
 
-    def decode(self, token, pos, cache):
-        """Reads token (B, 1) at position pos (1,), behind what the cache holds -> the next logits (B, V)."""
-        if token.device.type == 'cpu' and not torch.compiler.is_compiling():
-            # Eager code on a CPU leaves out the part of the cache that is still empty.
-            cache = [kv[..., : int(pos) + 1, :] for kv in cache]
-            mask = None
-        else:
-            # A GPU or compiled code would have to prepare for every new shape. A mask hides the empty part.
-            mask = torch.arange(cache[0].size(-2), device=pos.device)[None] <= pos  # (1, length)
-        return self.lm_head(self.hidden(token, cache, pos, mask)[:, -1])
+    def decode(self, tokens, pos, cache):
+        """Reads tokens (B, T) at positions pos (T,), one behind the other and behind what the cache holds ->
+        the next logits (B, V)."""
+        eager_cpu = tokens.device.type == 'cpu' and not torch.compiler.is_compiling()
+        if eager_cpu:
+            # The part of the cache that is still empty is left out. A GPU or compiled code would have to
+            # prepare for every new shape.
+            end = int(pos[-1]) + 1
+            cache = [kv[..., :end, :] for kv in cache]
+        mask = None
+        if not eager_cpu or tokens.size(1) > 1:  # where something in the cache is not to be seen
+            mask = torch.arange(cache[0].size(-2), device=pos.device) <= pos[:, None]  # (T, length)
+        return self.lm_head(self.hidden(tokens, cache, pos, mask)[:, -1])
 
     @torch.no_grad()
     def stream(
@@ -462,6 +472,11 @@ class GPT(nn.Module):
         # finds nothing in data/NAME: then it is GPT-2's, or an error that names this folder.
         dataset = checkpoint.get('config', {}).get('dataset') or 'NAME'
         model.tokenizer_source = checkpoint.get('tokenizer') or Path(__file__).parent / 'data' / dataset
+        model.template = checkpoint.get('template')
+        model.origin = (
+            f"Data: {dataset}. {checkpoint.get('iter_num')} iterations, best validation loss "
+            f"{float(checkpoint.get('best_val_loss', math.nan)):.4f} nats a token."
+        )
         return model
 
     @classmethod
@@ -469,7 +484,7 @@ class GPT(nn.Module):
         """A GPT-2 of transformers, one of GPT2_SIZES or a folder that save_pretrained wrote, or a checkpoint.
         The logits are transformers' own. override_args may hold a dropout. Eval mode. Raises UserError."""
         override_args = override_args or {}
-        folder = Path(model_type)
+        folder = Path(model_type).expanduser()
         if override_args.keys() - {'dropout'}:
             raise UserError(f"override_args takes dropout only, not {', '.join(override_args)}")
         if (folder / 'adapter_config.json').exists():
@@ -520,6 +535,7 @@ class GPT(nn.Module):
             **override_args,
         )
         model = cls.from_weights(config, weights)
+        model.template = getattr(hf, 'template', None)
         if (folder / 'tokenizer.json').exists() or vocab_size < 50257:  # too few for GPT-2's own tokenizer
             model.tokenizer_source = folder
         return model
@@ -552,11 +568,13 @@ class GPT(nn.Module):
             raise UserError("after for_sampling it is too late to save")
         from transformers import GPT2Config, GPT2LMHeadModel, logging
 
-        from data.tokenizer import EOT
+        from data.tokenizer import CHAT_TEMPLATE, CONVERSATIONS, EOT, user_errors
 
         logging.disable_progress_bar()
         tokenizer = self.tokenizer()
         hf_tokenizer = tokenizer.for_transformers()
+        with user_errors("this tokenizer cannot be written for transformers"):
+            compare_tokenizers(tokenizer, hf_tokenizer)
         eot, vocab_size = hf_tokenizer.token_to_id(EOT), hf_tokenizer.get_vocab_size()
         hf_model = GPT2LMHeadModel(
             GPT2Config(
@@ -574,6 +592,7 @@ class GPT(nn.Module):
                 eos_token_id=eot,
                 activation_function='gelu' if c.activation == 'gelu' else 'gelu_pytorch_tanh',
                 checkpoint_vocab_size={vocab_size: c.vocab_size},
+                template=self.template,
             )
         )
         # Other tools need <|endoftext|>. Beside characters it is a token more, which must never be drawn.
@@ -598,7 +617,7 @@ class GPT(nn.Module):
                 f"{largest:.2g}: it cannot express how this network was changed"
             )
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         hf_model.save_pretrained(folder)
         for path in folder.glob('*.safetensors'):  # they have 0600, whatever the umask
             path.chmod((folder / 'config.json').stat().st_mode)
@@ -612,13 +631,28 @@ class GPT(nn.Module):
             'clean_up_tokenization_spaces': False,
             **dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), EOT),
         }
+        if self.template == CONVERSATIONS:
+            tokenizer_config['chat_template'] = CHAT_TEMPLATE
         text = json.dumps(tokenizer_config, indent=2) + '\n'
         (folder / 'tokenizer_config.json').write_text(text, encoding='utf-8')
+
+        title = "# A GPT-2 from model.py"
+        counted = f"answers in {self.template!r} count" if self.template else "every token counts"
+        card = [
+            f"{title}, {self.get_num_params() / 1e6:.2f}M parameters",
+            self.origin,
+            f"In the loss {counted}.",
+            f"Use: AutoModelForCausalLM and AutoTokenizer, or `python sample.py --init_from={folder}`.",
+            f"Context: {c.block_size} tokens. Beyond them `generate` ends in transformers' own IndexError.",
+        ]
+        path = folder / 'README.md'
+        if not path.exists() or path.read_bytes().startswith(title.encode()):
+            path.write_text('\n'.join(card) + '\n', encoding='utf-8')
 
 
 def read_hf_gpt2(model_type):
     """A GPT-2 of transformers in float32. Raises UserError."""
-    hub, folder = model_type in GPT2_SIZES, Path(model_type)
+    hub, folder = model_type in GPT2_SIZES, Path(model_type).expanduser()
     if not hub and not (folder / 'config.json').is_file():
         raise UserError(
             f"init_from '{model_type}' is no folder with a checkpoint or a GPT-2 of "
@@ -651,6 +685,21 @@ def read_hf_gpt2(model_type):
     if wrong:
         raise UserError(f"{model_type} is not complete: {min(wrong)} is missing or of another shape")
     return hf_model.float()
+
+
+def compare_tokenizers(tokenizer, hf_tokenizer):
+    """Raises an error unless the other one has our text for every id, and our ids for the texts of a
+    thousand tokens."""
+    vocab = hf_tokenizer.get_vocab()
+    if len(set(vocab.values())) < len(vocab):
+        raise ValueError("two texts have one id, of which a file keeps one")
+    ids = list(range(tokenizer.vocab_size))
+    if hf_tokenizer.decode(ids, skip_special_tokens=False) != tokenizer.decode(ids):
+        raise ValueError("ids have other texts there")
+    for i in ids[:: 1 + len(ids) // 1000]:
+        text = tokenizer.decode([i])
+        if hf_tokenizer.encode(text).ids != tokenizer.encode(text):
+            raise ValueError(f"{text!r} has other ids there")
 
 
 def convert_hf(weights, vocab_size):
@@ -911,6 +960,7 @@ CHECKPOINT_TYPES = {
     'optimizer': dict,
     'config': dict,
     'tokenizer': dict,
+    'template': str,
     'scaler': dict,
     'iter_num': int,
     'tokens': int,

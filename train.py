@@ -91,7 +91,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.common import atomic_write, keep_as_old, link
-from data.tokenizer import Tokenizer, one_line, read_tokenizer_spec
+from data.tokenizer import Tokenizer, one_line, read_tokenizer_spec, template_fields
 from model import GPT, GPTConfig, UserError, choose_device, compile_method, peak_flops_of, read_checkpoint
 
 # ---------- The process: its place among the ranks, its files, what it prints, how it is stopped ----------
@@ -204,8 +204,9 @@ def kept_checkpoints():
 def newest_old_files():
     """The run that was set aside last in out_dir, as {name: NAME.old}. Empty if there is none."""
     old_checkpoints = [path for path in Path(out_dir).glob('*.pt.old*') if path.suffix.startswith('.old')]
-    # A file gets its second name before it loses the first. A kill in between leaves both, and the next new
-    # run gives a third, .old1, to the same file of the same age. The greater number was given later.
+    # The newest file by its age belongs to the run that was set aside last. Two may have one age: a file gets
+    # its second name before it loses the first, so a kill in between leaves both, and the next new run gives
+    # the same file a third name, .old1. Of these the greater number was given later.
     order = {path: (os.path.getmtime(path), len(path.suffix), path.suffix) for path in old_checkpoints}
     newest = max(old_checkpoints, key=order.get, default=None)
     if newest is None:
@@ -217,7 +218,7 @@ def newest_old_files():
 
 def read_newest_checkpoint(paths):
     """Reads the newer of ckpt.pt and last.pt, or the newest ckpt-N.pt if these are damaged. `paths` has them
-    in this order. Names what is damaged, and raises UserError if all are.
+    in this order. Names what is damaged, and raises UserError if all are. An evaluation needs no optimizer.
 
     Returns the checkpoint, its path, and {path: iteration} of all that were read; nothing for no paths."""
     if not paths:
@@ -227,7 +228,7 @@ def read_newest_checkpoint(paths):
     problems = []
     for path in paths:
         if checkpoints and path not in (ckpt_path, last_path):
-            break  # one of these two is whole
+            break  # ckpt-N.pt is read only if neither of these two is whole
         try:
             checkpoint = read_checkpoint(path, needed)
         except UserError as error:
@@ -348,24 +349,51 @@ def rng(stream, iteration, micro_step=0):
 # ---------- The model, its optimizer, and the state of the run ----------
 data_dir = ROOT / 'data' / (dataset or '')
 project = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
-prepare_command = f"python {os.path.join(project, 'data', dataset or '', 'prepare.py')}"
+sample_command = f"python {shlex.join([os.path.join(project, 'sample.py'), f'--out_dir={out_dir}'])}"
+custom_command = f"python {os.path.join(project, 'data', 'custom', 'prepare.py')} --input=TEXT"
+prepare_command = f"{custom_command} --name={dataset}"
+# A script may make a data set below its own too, as python_qa's makes python_qa/source.
+own_scripts = [path for path in (data_dir / 'prepare.py', data_dir.parent / 'prepare.py') if path.exists()]
+if own_scripts:
+    prepare_command = f"python {os.path.join(project, own_scripts[0].relative_to(ROOT))}"
 
 
 def check_data_files():
-    """Raises UserError if train.bin or val.bin is missing, with what there is instead."""
-    for path in (data_dir / 'train.bin', data_dir / 'val.bin'):
-        if path.is_file():
-            continue
-        if (data_dir / 'prepare.py').exists():
-            raise UserError(f"there is no {path}: run `{prepare_command}` first")
-        files = [p for p in ROOT.glob('data/*/*') if p.name in ('prepare.py', 'train.bin')]
-        known = {p.parent.name for p in files}
-        raise UserError(f"there is no {path}: dataset {dataset!r} is none of {', '.join(sorted(known))}")
+    """Raises UserError if a file of the data is missing, with what there is instead."""
+    names = {'train.bin', 'val.bin'}
+    template_names = {'train.mask', 'val.mask', 'template.txt'}
+    there = {path.name for path in data_dir.glob('*')}
+    if there & template_names:
+        names |= template_names
+    missing = sorted(names - there)
+    if not missing:
+        return
+    problem = f"there is no {data_dir / missing[0]}"
+    if own_scripts:
+        raise UserError(f"{problem}: run `{prepare_command}` first")
+    if there:
+        raise UserError(f"{problem}, only {', '.join(sorted(there)[:9])}: run `{prepare_command}`")
+    if resume_path and 'dataset' not in given_keys:
+        raise UserError(
+            f"{problem}, which {resume_path} was trained on: bring the folder {data_dir}, or only sample by "
+            f"`{sample_command}`"
+        )
+
+    files = [path for path in ROOT.glob('data/*/*') if path.name in ('prepare.py', 'train.bin')]
+    known = sorted({path.parent.name for path in files})
+    if data_dir.name in known:  # it was typed as --dataset=data/NAME
+        raise UserError(f"{problem}: --dataset={data_dir.name} is the name of a folder of data/")
+    raise UserError(f"{problem}: dataset {dataset!r} is none of {', '.join(known)}")
 
 
 if has_data:
     check_data_files()
 tokenizer_spec = read_tokenizer_spec(data_dir) if has_data else {'kind': 'gpt2'}
+# Where the data are documents made by a template, their masks say which tokens count in the loss.
+has_mask = has_data and (data_dir / 'template.txt').exists()
+template = (data_dir / 'template.txt').read_bytes().decode() if has_mask else None
+if has_mask:
+    template_fields(template)  # raises UserError if it is none
 
 
 def new_vocab_size():
@@ -398,7 +426,14 @@ model = make_model()
 # Two tokenizers may come from different files and still be the same, as GPT-2's own and that of an export.
 if has_data and model.tokenizer_source != tokenizer_spec:
     if not model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
-        raise UserError(f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}")
+        own_tokenizer = out_dir if resume_path else init_from  # prepare.py takes either
+        if model.tokenizer().kind == 'gpt2':
+            own_tokenizer = 'gpt2'
+        raise UserError(
+            f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}: "
+            f"`{custom_command} --name=NAME --tokenizer={own_tokenizer}` prepares a text with that one"
+        )
+model.template = template
 
 # The weights decide the sizes. Where a key says otherwise, a line tells it; on resume a key that was given is
 # an error instead. Only block_size may be smaller, which crops the context.
@@ -425,6 +460,23 @@ vocab_size = model.config.vocab_size
 OPTIMIZER_STATES = ({'step', 'exp_avg', 'exp_avg_sq'}, {'step', 'momentum'})
 
 
+def check_moments(optim):
+    """Raises ValueError unless the moments fit their parameters. Where the context was cropped, those of the
+    positions are cropped too."""
+    if not optim.state:
+        raise ValueError("moments are missing")
+    for p, moments in optim.state.items():
+        if set(moments) not in OPTIMIZER_STATES:
+            raise ValueError("moments are missing")
+        moments['step'] = moments['step'].reshape(())  # an error if it is no single number
+        for name in set(moments) - {'step'}:
+            moment = moments[name][: p.size(0)]
+            if moment.shape != p.shape:
+                raise ValueError("moments have another shape")
+            # Fused AdamW ignores strides, which a file may have set as it likes.
+            moments[name] = moment.clone(memory_format=torch.contiguous_format)
+
+
 def make_optimizer():
     """The optimizer, on resume with the checkpoint's moments. Its rates and betas are those of the keys."""
     optim = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
@@ -436,19 +488,7 @@ def make_optimizer():
         optim.load_state_dict(checkpoint['optimizer'])
         for group, own in zip(optim.param_groups, settings, strict=True):
             group.update(own)
-
-        if not optim.state:
-            raise ValueError("moments are missing")
-        for p, moments in optim.state.items():
-            if set(moments) not in OPTIMIZER_STATES:
-                raise ValueError("moments are missing")
-            moments['step'] = moments['step'].reshape(())  # an error if it is no single number
-            for name in set(moments) - {'step'}:
-                moment = moments[name][: p.size(0)]  # longer only for wpe, where the context was cropped
-                if moment.shape != p.shape:
-                    raise ValueError("moments have another shape")
-                # Fused AdamW ignores strides, which a file may have set as it likes.
-                moments[name] = moment.clone(memory_format=torch.contiguous_format)
+        check_moments(optim)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{resume_path} has the state of another --optimizer than {optimizer}") from error
     return optim
@@ -487,11 +527,16 @@ def make_random_tokens():
 random_tokens = None if has_data else make_random_tokens()
 
 
-def open_bin(name):
+def open_bin(split):
     """The tokens of train.bin or val.bin, (n,) uint16, read from disk as they are used.
 
     It is opened anew for every batch: until a map is closed, what was read through it counts as memory."""
-    return np.memmap(data_dir / name, dtype='<u2', mode='r') if has_data else random_tokens
+    return np.memmap(data_dir / f'{split}.bin', dtype='<u2', mode='r') if has_data else random_tokens
+
+
+def open_mask(split):
+    """Which tokens of a .bin file count as targets, (n,) uint8, 0 where one does not."""
+    return np.memmap(data_dir / f'{split}.mask', dtype='u1', mode='r')
 
 
 def count_tokens(name):
@@ -510,17 +555,44 @@ def count_tokens(name):
     return size // 2
 
 
+def count_targets(split, token_count):
+    """How many tokens of a .bin file count as targets: without a mask all but the first. Raises UserError if
+    the mask does not fit."""
+    if not has_mask:
+        return token_count - 1
+    path = data_dir / f'{split}.mask'
+    size = path.stat().st_size
+    if size != token_count:
+        raise UserError(
+            f"{path} is for {size:,} tokens, but {split}.bin has {token_count:,}: "
+            f"run `{prepare_command}` again"
+        )
+    step = 2**24
+    pieces = (open_mask(split)[start : start + step] for start in range(1, token_count, step))
+    count = sum(map(np.count_nonzero, pieces))
+    if count == 0:
+        raise UserError(f"{path} counts no token: run `{prepare_command}` on documents that have answers")
+    return int(count)
+
+
 train_count = count_tokens('train.bin')
 val_count = count_tokens('val.bin')
+train_targets = count_targets('train', train_count)
+val_targets = count_targets('val', val_count)
 
 
 def digest_of_data():
-    """Tells these data from others, in milliseconds: the lengths, all of val.bin, 64 pages of train.bin."""
-    train_tokens = open_bin('train.bin')
+    """Tells these data from others, in milliseconds: the lengths, all of val.bin, 64 pages of train.bin; of
+    masks as much, and the template."""
     digest = hashlib.sha256(f'{train_count} {val_count}'.encode())
-    digest.update(open_bin('val.bin'))
-    for start in np.linspace(0, train_count, num=64, endpoint=False, dtype=np.int64):
-        digest.update(train_tokens[start : start + 2048])  # a page of 4 KiB
+    pairs = [(open_bin('train'), open_bin('val'))]
+    if has_mask:
+        digest.update(template.encode())
+        pairs.append((open_mask('train'), open_mask('val')))
+    for train, val in pairs:
+        digest.update(val)
+        for start in np.linspace(0, train_count, num=64, endpoint=False, dtype=np.int64):
+            digest.update(train[start : start + 2048])  # of tokens a page of 4 KiB
     return digest.hexdigest()
 
 
@@ -541,7 +613,7 @@ blocks_per_epoch = max(1, train_count // block_size - 1)
 def blocks_of_epoch(epoch):
     """Where the blocks of train.bin begin, (blocks_per_epoch,), in the random order of this epoch."""
     random = rng('epoch', epoch)
-    # The last target, at offset + blocks_per_epoch * block_size, is at most the last token.
+    # Behind the blocks one token more is needed, the last target: the offset is less than what is left over.
     offset = random.integers(train_count - blocks_per_epoch * block_size)
     return offset + block_size * random.permutation(blocks_per_epoch)
 
@@ -562,17 +634,21 @@ def window_starts(stream, iteration, micro_step):
 
 @lru_cache(maxsize=1)  # so that train_step can ask for the next batch while the device works on this one
 def get_batch(stream, iteration, micro_step):
-    """X, Y (B, T) int64 on the device: windows of tokens, and their targets, -1 past the end of the data."""
-    name = 'val.bin' if stream == 'eval-val' else 'train.bin'
-    data = open_bin(name)
+    """X, Y (B, T) int64 on the device: windows of tokens, and their targets, -1 where one does not count."""
+    split = 'val' if stream == 'eval-val' else 'train'
+    data = open_bin(split)
     starts = window_starts(stream, iteration, micro_step)
     positions = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     is_beyond = positions >= len(data)  # only in the last batch of a val.bin that is read in order
     # What stands beyond the end is any token, and its target is masked below.
-    tokens = np.asarray(data[np.where(is_beyond, 0, positions)])  # (B, T + 1) uint16
+    positions[is_beyond] = 0
+    tokens = np.asarray(data[positions])  # (B, T + 1) uint16
+    is_ignored = is_beyond  # (B, T + 1)
+    if has_mask:
+        is_ignored = is_beyond | (open_mask(split)[positions] == 0)
     if tokens.max() >= vocab_size:
         raise UserError(
-            f"{data_dir / name} holds the token id {tokens.max()}, but the model's vocabulary ends at "
+            f"{data_dir / split}.bin holds the token id {tokens.max()}, but the model's vocabulary ends at "
             f"{vocab_size - 1}: was the data prepared with another tokenizer?"
         )
 
@@ -583,9 +659,25 @@ def get_batch(stream, iteration, micro_step):
     X = tokens[:, :-1]  # (B, T)
     Y = tokens[:, 1:].contiguous()  # (B, T), which the loss wants flat
 
-    if is_beyond.any():
-        Y = Y.masked_fill(torch.from_numpy(is_beyond[:, 1:]).to(device), -1)
+    if is_ignored.any():
+        Y = Y.masked_fill(torch.from_numpy(is_ignored[:, 1:]).to(device), -1)
     return X, Y
+
+
+def loss_shares(iteration):
+    """What each micro-step's mean loss weighs in that of the iteration, which is the mean over all targets
+    that count: its share of them, times the number of micro-steps, so 1 where all count alike.
+
+    None if nothing counts. Every rank counts all micro-steps, from the mask alone."""
+    if not has_mask:
+        return [1.0] * gradient_accumulation_steps
+    mask = open_mask('train')
+    counts = []
+    for micro_step in range(gradient_accumulation_steps):
+        targets = window_starts('train', iteration, micro_step)[:, None] + np.arange(1, block_size + 1)
+        counts.append(int(np.count_nonzero(mask[targets])))
+    total = sum(counts)
+    return [count * gradient_accumulation_steps / total for count in counts] if total else None
 
 
 # ---------- The learning rate ----------
@@ -668,7 +760,7 @@ def claim_out_dir():
 
 def perplexity(loss):
     """The loss of all of val.bin as papers give it: per token, and per word where prepare.py counted them."""
-    counts = {'token': val_count - 1}
+    counts = {'token': val_targets}
     with suppress(OSError, ValueError, KeyError, TypeError):
         counts['word'] = int(json.loads((data_dir / 'words.json').read_text())['val'])
     nats = loss * counts['token']
@@ -683,7 +775,7 @@ def way_back():
         return "Start again with a lower --learning_rate or another --seed"
     path = max(evaluated, key=saved_iter.get)
     command = resume_command(out_dir, f'--seed={seed + 1}')
-    if last_path in saved_iter:  # it is newer, and would be resumed instead
+    if last_path in saved_iter:  # it is newer, and would be resumed instead: it is moved out of the way
         unwanted = os.path.join(out_dir, f'last-{saved_iter[last_path]}.pt')
         command = f"{shlex.join(['mv', last_path, unwanted])} && {command}"
     return (
@@ -874,6 +966,8 @@ def announce():
         f"{max_iters * tokens_per_iter / train_count:.2f} epochs in {max_iters:,} iterations; "
         f"{val_count:,} to validate on"
     )
+    if has_mask:
+        say(f"of these, {train_targets:,} and {val_targets:,} count in the loss: train.mask, val.mask")
     if state.iter_num >= max_iters:
         say(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
     elif decay_lr and warmup_iters >= max_iters:
@@ -886,17 +980,25 @@ announce()
 
 
 # ---------- torch.compile, then DistributedDataParallel ----------
+def loss_of(network, X, Y):
+    """The mean loss of a micro-batch."""
+    with autocast:
+        return network(X, Y, return_logits=False)[1]
+
+
+def spend_a_pass(network):
+    """A forward and a backward pass that change nothing."""
+    loss_of(network, *get_batch('train', first_iter, rank)).backward()
+    model.zero_grad(set_to_none=True)
+
+
 def try_compiled():
     """Runs what has been compiled, once in evaluation and once in training."""
-    X, Y = get_batch('train', first_iter, rank)
-    with autocast, torch.no_grad():
+    with torch.no_grad():
         model.eval()
-        model(X, Y, return_logits=False)
-    with autocast:
-        model.train()
-        loss = model(X, Y, return_logits=False)[1]
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+        loss_of(model, *get_batch('train', first_iter, rank))
+    model.train()
+    spend_a_pass(model)
 
 
 def wrap_in_ddp():
@@ -910,10 +1012,7 @@ def wrap_in_ddp():
     # DDP sorts the gradients into new buckets after the first backward pass of a process, and with three
     # ranks another order of sums is another rounding. A pass is spent here, so a resumed run keeps its bits.
     ddp_model = DistributedDataParallel(model)
-    with autocast:
-        loss = ddp_model(*get_batch('train', first_iter, rank), return_logits=False)[1]
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+    spend_a_pass(ddp_model)
     return ddp_model
 
 
@@ -953,17 +1052,21 @@ def estimate_loss():
             if stop_requested:
                 break
             X, Y = get_batch(stream, 0, k)
-            with autocast:
-                loss = model(X, Y, return_logits=False)[1]
+            loss = loss_of(model, X, Y)
             if k < eval_batches:
-                share = (Y >= 0).float().mean()  # below 1 at the end of a val.bin that is read in order
+                share = (Y >= 0).float().mean()  # below 1 with a mask, and at the end of a val.bin in order
                 losses[split] += loss * share
                 counts[split] += share
     model.train()
 
     if any_rank_stops():
         return None
-    return (all_reduce(losses) / all_reduce(counts)).tolist()
+    losses, counts = all_reduce(losses), all_reduce(counts)
+    if not counts.all():
+        raise UserError(
+            f"no token counts in {eval_batches} micro-batches of an evaluation: raise --eval_iters"
+        )
+    return (losses / counts).tolist()
 
 
 def has_exploded(train_loss, val_loss):
@@ -978,11 +1081,16 @@ def has_exploded(train_loss, val_loss):
 def train_step(iteration):
     """One iteration -> (this rank's sum of losses, norm of the gradient), or (None, None) if it was left.
 
-    A single process leaves at once when it is to stop, and its weights are as they were. Ranks wait for each
+    An iteration in which nothing counts has zeros for both. (A micro-step without targets has a loss of 0.) A
+    single process leaves at once when it is to stop, and its weights are as they were. Ranks wait for each
     other, and go through with it."""
+    loss_sum = torch.zeros((), device=device)
+    shares = loss_shares(iteration)
+    if shares is None:
+        grad_norm = torch.zeros(())
+        return loss_sum, grad_norm
     for group in optim.param_groups:
         group['lr'] = get_lr(iteration)
-    loss_sum = torch.zeros((), device=device)
     for micro_step in range(rank, gradient_accumulation_steps, world_size):
         X, Y = get_batch('train', iteration, micro_step)
         is_last = micro_step + world_size >= gradient_accumulation_steps
@@ -991,10 +1099,9 @@ def train_step(iteration):
             ddp_model.require_backward_grad_sync = is_last
         if dropout:
             torch.manual_seed(int(rng('dropout', iteration, micro_step).integers(2**63)))
-        with autocast:
-            loss = ddp_model(X, Y, return_logits=False)[1]
-        scaler.scale(loss * (1 / gradient_accumulation_steps)).backward()
-        loss_sum += loss.detach()
+        loss = loss_of(ddp_model, X, Y)
+        scaler.scale(loss * (shares[micro_step] / gradient_accumulation_steps)).backward()
+        loss_sum += loss.detach() * shares[micro_step]
         get_batch('train', *following)  # into its cache, while the device works
         if stop_requested and not distributed:
             return None, None  # the gradients so far are dropped
@@ -1026,7 +1133,7 @@ def report_profile(profiler):
 def needs_saving(path):
     """Whether this iteration is neither in ckpt.pt nor in `path`. A model without a step is not saved.
 
-    What is in last.pt may be wanted in ckpt.pt too, but not the other way round."""
+    An iteration that is in ckpt.pt needs no last.pt. One that is in last.pt may be wanted in ckpt.pt too."""
     held = (saved_iter.get(ckpt_path), saved_iter.get(path))
     return saving and state.iter_num > 0 and state.iter_num not in held
 
@@ -1051,6 +1158,7 @@ def save_checkpoint(path):
         'config': config,
         'scaler': scaler.state_dict(),
         'tokenizer': tokenizer_spec,
+        'template': template,
         'data_digest': data_digest,
         'wandb_id': log.wandb_id,
     }
@@ -1071,7 +1179,7 @@ def report_stop():
     elif exploded:
         rest = f"the model has exploded and is not saved. {way_back()}"
     else:
-        # Before this process has taken a step, no checkpoint knows the keys that it was given.
+        # Before it has taken a step, this process saves nothing, and no checkpoint knows its keys.
         unknown = sorted(given_keys.difference(KEYS_NOT_RESUMED)) if state.iter_num == first_iter else []
         arguments = [f'--{key}={config[key]}' for key in unknown]
         rest = f"go on with `{resume_command(out_dir, *arguments)}`"
@@ -1085,8 +1193,8 @@ def report_end(val_loss):
     if always_save_checkpoint and ckpt_is_last and val_loss > state.best_val_loss:
         best += f"; {ckpt_path} is the last, of {val_loss:.4f}: always_save_checkpoint=False keeps the best"
     say(best)
-    sample = shlex.join([os.path.join(project, 'sample.py'), f'--out_dir={out_dir}'])
-    say(f"sample from it: python {sample}")
+    chat = ' --chat=True' if template else ''
+    say(f"sample from it: {sample_command}{chat}")
 
 
 # ---------- The loop ----------
@@ -1109,7 +1217,8 @@ while True:
     finished = eval_only or state.iter_num >= max_iters
     save_to = None
 
-    # ckpt.pt changes at an evaluation only. What is saved in between goes to last.pt.
+    # ckpt.pt changes at an evaluation only. What is saved in between goes to last.pt, and so does what a stop
+    # saves, also one that comes during an evaluation.
     if has_data and not stopping and (finished or state.iter_num % eval_interval == 0):
         losses = estimate_loss()
         stopping = losses is None

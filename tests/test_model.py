@@ -971,10 +971,17 @@ def test_cache_is_exact(static, shape, dtype, tolerance):
             with static():
                 logits.append(net.decode(*step, whole_cache))
             assert max((found - whole[:, t]).abs().max() for found in logits) < tolerance
-    cache = net.new_cache(2, 12)
-    net.prefill(x[:, :5], cache)
-    found = net.lm_head(net.hidden(x[:, 5:], cache, positions[5:], positions <= positions[5:, None]))
-    assert (found - whole[:, 5:]).abs().max() < tolerance
+    for first, last in ((1, 5), (5, 7), (5, 12), (11, 12)):
+        sliced, whole_cache = net.new_cache(2, 12), net.new_cache(2, 12)
+        for cache in (sliced, whole_cache):
+            net.prefill(x[:, :first], cache)
+        several = x[:, first:last], positions[first:last]
+        logits = [net.decode(*several, sliced)]
+        with static():
+            logits.append(net.decode(*several, whole_cache))
+        assert max((found - whole[:, last - 1]).abs().max() for found in logits) < tolerance
+        for a, b in zip(sliced, whole_cache, strict=True):
+            assert (a - b).abs().max() < tolerance
     assert not any('cache' in name or 'kv' in name for name in net.state_dict())
 
 
