@@ -1,18 +1,23 @@
 """
-Continue a text with a trained model, or with GPT-2. The text goes to stdout, everything else to stderr.
+Continue a text with a trained model, or with GPT-2, or talk to a model that was trained on answers. The text
+goes to stdout, everything else to stderr.
 
     python sample.py --out_dir=out-shakespeare-char --num_samples=3
     python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
     echo "def main(" | python sample.py --start=- --temperature=0 --stream=True
+    python sample.py --out_dir=out-chat --chat=True
+    python sample.py --out_dir=out-qa --start=FILE:questions.txt --each_line=True > answers.txt
 """
 
 from __future__ import annotations  # the configurator reads annotations as text
 
+import io
 import itertools
 import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +27,16 @@ ROOT = Path(__file__).resolve().parent
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2 … gpt2-xl, or a folder that transformers saved
 out_dir = 'out'  # where train.py put its checkpoint
 start = "\n"  # the prompt; FILE:path reads a file, - reads stdin, empty: <|endoftext|>
+chat = False  # answer each line that is typed or piped
+each_line = False  # answer each line of the prompt, in one line
+template: str | None = None  # how a line is asked, such as "Q: {question}\nA: {answer}"; None: as in training
 num_samples = 10  # texts to write, as one batch where memory allows
 max_new_tokens = 500  # length of each, in tokens
 temperature = 0.8  # 1 as trained, below 1 safer, above 1 wilder, 0 always the likeliest token
 top_k: int | None = 200  # sample from that many likeliest tokens; 0 or None for all
 top_p: float | None = None  # sample from the fewest tokens whose probabilities reach this sum
-stop: str | None = None  # a text that ends a sample and is not printed, such as "<|endoftext|>"
+stop: str | None = None  # a text that ends a sample and is not printed, as the token <|endoftext|> does
+ignore_eos = False  # go on behind <|endoftext|>, and print it
 stream = False  # print as the text comes, one sample after the other
 seed = 1337  # sample i depends on (seed, i) alone
 device: str | None = None  # cpu, cuda, cuda:1, mps; None: what is there
@@ -35,43 +44,104 @@ dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # None: what the
 compile = False  # torch.compile: half a minute at the start, for many tokens on a GPU
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
-# The configurator has left `config`, a dict of the keys, and refuses negative numbers. It prints a UserError
-# as one line. The imports take seconds: --help and most mistakes are answered before.
+# The configurator has left `config`, a dict of the keys, and `given_keys`, those that were given. It refuses
+# negative numbers and prints a UserError as one line. The imports take seconds: --help and most mistakes are
+# answered before.
 import numpy as np
 import torch
 
-from model import GPT, choose_device, compile_method
+from data.tokenizer import CONVERSATIONS, Tokenizer, UserError, template_prompt, unescape
+from model import GPT, choose_device, compile_method, sample_next_token
 
 for key in ('num_samples', 'max_new_tokens'):
     if config[key] == 0:
         sys.exit(f"{key} must be at least 1, not 0")
 if top_p is not None and not 0 < top_p <= 1:
     sys.exit(f"top_p must be in (0, 1], not {top_p}")
+if each_line and 'start' not in given_keys:
+    sys.exit("--each_line=True answers the lines of --start=FILE:path, or of --start=- for stdin")
+if chat and each_line:
+    sys.exit("--chat=True remembers what was said, --each_line=True does not: choose one")
+if chat and 'start' in given_keys:
+    sys.exit("--chat=True answers what is typed or piped: leave --start off, or take --each_line=True")
+if (chat or each_line) and compile:
+    sys.exit("--compile=True is for samples: leave it off with --chat or --each_line")
 
-# The model, its tokenizer and the prompt. Packed weights, which a CPU has in float16, cannot be compiled.
-device, dtype = choose_device(device, dtype, sampling=not compile)
-device_type = torch.device(device).type
-model = GPT.from_checkpoint(out_dir) if init_from == 'resume' else GPT.from_pretrained(init_from)
-tokenizer = model.tokenizer()
-try:
+
+def read_start():
+    """Returns the text that --start stands for."""
     if start.startswith('FILE:'):
-        start = Path(start.removeprefix('FILE:')).expanduser().read_text(encoding='utf-8')
+        text = Path(start.removeprefix('FILE:')).expanduser().read_text(encoding='utf-8')
     elif start == '-':
-        start = sys.stdin.read() if sys.stdin else ''
+        if at_terminal:
+            print("type the prompt, then Enter and Ctrl-D", file=sys.stderr)
+        text = sys.stdin.read()
+        if not each_line:
+            text = text.removesuffix('\n')
+    else:
+        text = unescape(start)
+    return text.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
+
+
+# On a CPU, weights are packed, by default in float16: for_sampling below does that, and choose_device chooses
+# the dtype for it. Packed weights cannot be compiled. Elsewhere `pack` changes nothing.
+pack = not compile
+device, dtype = choose_device(device, dtype, sampling=pack)
+model = GPT.from_checkpoint(out_dir) if init_from == 'resume' else GPT.from_pretrained(init_from)
+block_size = model.config.block_size
+tokenizer = model.tokenizer()
+
+sys.stdin = sys.stdin or open(os.devnull)  # the shell may have closed it
+at_terminal = sys.stdin.isatty()
+try:
+    prompt_text = '' if chat else read_start()
 except UnicodeDecodeError as error:
     sys.exit(f"--start={start}: the prompt is not UTF-8 ({error.reason}, byte {error.start})")
-start = start.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
 
-# An empty prompt becomes bos: <|endoftext|>, or of characters the newline or, where there is none, the first
-# one. So does the default prompt, a newline, where the tokens are characters.
-text = '' if start == '\n' and tokenizer.kind == 'char' else start
-prompt = tokenizer.encode(text) or [tokenizer.bos]
+# Lines are asked as the template says. It raises UserError where it cannot ask one.
+template = unescape(template) if template else model.template
+if chat or each_line:
+    if not template:
+        sys.exit(
+            "this model was not trained on answers: say how it should be asked, as "
+            "--template=\"Question: {question}\\nAnswer: {answer}\" does"
+        )
+    template_prompt(template, '')
 
-model.for_sampling(device, getattr(torch, dtype), pack=not compile)
+# What ends a sample or an answer: a token, and a text.
+end_token = None if ignore_eos else tokenizer.eot
+stop = unescape(stop or '')
 
-# Attention on CUDA wants a cache whose length is a multiple of 64: else it pads its mask in every step.
-c = model.config
-length = 64 * math.ceil(min(c.block_size, len(prompt) + max_new_tokens) / 64)
+model.for_sampling(device, getattr(torch, dtype), pack)
+
+
+def draws_of(samples):
+    """Returns the random numbers in [0, 1) of these samples or answers, (samples, max_new_tokens)."""
+    draws = [np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32) for i in samples]
+    return torch.from_numpy(np.stack(draws)).to(device)
+
+
+def text_of(ids):
+    """Returns the text of new ids up to their end, and whether they have ended."""
+    ended = len(ids) == max_new_tokens
+    if end_token in ids:
+        ids = ids[: ids.index(end_token)]
+        ended = True
+    text = tokenizer.decode(ids)
+    if stop and stop in text:
+        return text.partition(stop)[0], True
+    if ended:
+        return text, True
+
+    # The next token may complete a character, or what is the beginning of `stop`: that is not shown yet.
+    text = text.rstrip('\ufffd')
+    if stop:
+        text = text[: max(0, len(text) - len(stop) + 1)]
+    return text, False
+
+
+# -----------------------------------------------------------------------------
+# Samples of one prompt
 
 # What a sample takes for a while beside its cache: 40 bytes for each token and channel, when a full window is
 # read anew, and 20 for each token of the vocabulary, whose logits are sorted and made probabilities.
@@ -79,67 +149,35 @@ WINDOW_BYTES = 40
 LOGITS_BYTES = 20
 
 
-def rows_that_fit():
-    """How many samples half of the memory has room for."""
+def rows_that_fit(length):
+    """Returns how many samples of `length` tokens half of the memory has room for."""
     memory = 2**33  # assumed where the system does not tell
-    if device_type == 'cuda':
+    if device.startswith('cuda'):
         memory = torch.cuda.mem_get_info(device)[0]
     elif hasattr(os, 'sysconf'):
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     cache_bytes = sum(kv.nbytes for kv in model.new_cache(1, 1))  # for each token
+    c = model.config
     row_bytes = length * (cache_bytes + WINDOW_BYTES * c.n_embd) + LOGITS_BYTES * c.vocab_size
     return max(1, memory // 2 // row_bytes)
 
 
-# If not all samples fit, they are drawn in several batches of one size.
-batches = math.ceil(num_samples / rows_that_fit())
-rows = math.ceil(num_samples / batches)
-cache = model.new_cache(rows, length)
-
-
-def new_tokens(first):
-    """Yields the next token of each of the samples first … first + rows - 1, as a column (rows, 1)."""
-    draws = [
-        np.random.default_rng((seed, i)).random(max_new_tokens, dtype=np.float32)
-        for i in range(first, first + rows)
-    ]
-    draws = torch.from_numpy(np.stack(draws)).to(device)  # (rows, max_new_tokens)
+def new_tokens(prompt, first, cache):
+    """Yields the next token of each of the samples from `first` on that the cache has rows for, as a column
+    (rows, 1)."""
+    rows = cache[0].size(1)  # of (2, rows, n_head, length, head size)
+    draws = draws_of(range(first, first + rows))
     idx = torch.tensor([prompt], device=device)  # (1, T)
     return model.stream(idx, max_new_tokens, temperature, top_k, top_p, draws, tokenizer.vocab_size, cache)
 
 
-def new_ids(first):
-    """Yields all new ids of these samples so far, a list for each sample, whenever there may be something to
-    print. Between these moments nothing waits for the device."""
-    columns = []
-    for n, column in enumerate(new_tokens(first), 1):
-        columns.append(column)
-        may_stop = stop and n % 16 == 0
-        if stream or may_stop or n in (1, max_new_tokens):
-            columns = [torch.cat(columns, dim=1)]  # one column of shape (rows, n)
-            yield columns[0].tolist()
-
-
-def text_of(ids):
-    """The text of a sample up to `stop`, and whether it has ended."""
-    text = tokenizer.decode(ids)
-    if stop and stop in text:
-        return start + text.partition(stop)[0], True
-    if len(ids) == max_new_tokens:
-        return start + text, True
-
-    # The next token may complete a character, or what is the beginning of `stop`.
-    text = text.rstrip('\ufffd')
-    if stop:
-        text = text[: max(0, len(text) - len(stop) + 1)]
-    return start + text, False
-
-
-def compile_decode():
+def compile_decode(prompt, cache):
     """Compiles the step of sampling, or says why it stays eager."""
     for kv in cache:
         torch._dynamo.mark_static_address(kv)  # CUDA graphs need it
-    five_tokens = itertools.islice(new_tokens(0), 5)
+    # compile_method compiles model.decode and calls the function once, to try it. If that fails, it restores
+    # decode and returns the reason. The first few of the five tokens record the graph.
+    five_tokens = itertools.islice(new_tokens(prompt, 0, cache), 5)
     problem = compile_method(
         model, 'decode', lambda: list(five_tokens), mode='reduce-overhead', fullgraph=True
     )
@@ -147,44 +185,185 @@ def compile_decode():
         print(problem, file=sys.stderr)
 
 
-seconds = {'prefill': 0.0, 'decode': 0.0}
-tokens = {'prefill': 0, 'decode': 0}
+def growing_samples(prompt, first, cache):
+    """Yields all new ids of these samples so far, a list for each sample, whenever there may be something to
+    print. Between these moments nothing waits for the device."""
+    may_end_early = stop or end_token is not None
+    columns = []
+    for n, column in enumerate(new_tokens(prompt, first, cache), 1):
+        columns.append(column)
+        is_time = stream or (may_end_early and n % 16 == 0)
+        if is_time or n in (1, max_new_tokens):  # 1 ends the prefill, which is timed
+            columns = [torch.cat(columns, dim=1)]  # one column of shape (rows, n)
+            yield columns[0].tolist()
 
 
-def print_samples(first):
-    """Prints a batch of samples. Each is printed until it ends, and meanwhile those behind it grow too."""
-    began = time.perf_counter()
-    growing = new_ids(first)
-    ids = next(growing)
-    prefilled = time.perf_counter()
+def print_samples():
+    """Prints num_samples texts, drawn in as few batches of one size as memory allows, and their speed."""
+    # An empty prompt becomes bos: <|endoftext|>, or where no token is that, a newline. So the default prompt,
+    # a newline, is no prompt where the tokens are characters.
+    no_prompt = prompt_text == '\n' and tokenizer.kind == 'char'
+    prompt = tokenizer.encode('' if no_prompt else prompt_text) or [tokenizer.bos]
 
-    samples = min(rows, num_samples - first)
-    for row in range(samples):
-        printed = 0
-        while True:
-            text, ended = text_of(ids[row])
-            if stream or ended:
-                print(text[printed:], end='', flush=True)
-                printed = max(printed, len(text))
-            if ended:
-                break
-            ids = next(growing)
-        print('\n---------------\n', end='', flush=True)
+    # Attention on CUDA wants a cache whose length is a multiple of 64: else it pads its mask in every step.
+    length = 64 * math.ceil(min(block_size, len(prompt) + max_new_tokens) / 64)
+    batches = math.ceil(num_samples / rows_that_fit(length))
+    rows = math.ceil(num_samples / batches)
+    cache = model.new_cache(rows, length)
+    if compile:
+        compile_decode(prompt, cache)
 
-    seconds['prefill'] += prefilled - began
-    seconds['decode'] += time.perf_counter() - prefilled
-    tokens['prefill'] += min(len(prompt), c.block_size)
-    tokens['decode'] += samples * (len(ids[0]) - 1)
+    seconds = {'prefill': 0.0, 'decode': 0.0}
+    tokens = {'prefill': 0, 'decode': 0}
+    for first in range(0, num_samples, rows):
+        began = time.perf_counter()
+        growing = growing_samples(prompt, first, cache)
+        ids = next(growing)
+        prefilled = time.perf_counter()
+
+        # Each sample is printed until it ends, and meanwhile those behind it grow too.
+        samples = min(rows, num_samples - first)
+        for row in range(samples):
+            printed = 0
+            while True:
+                text, ended = text_of(ids[row])
+                text = prompt_text + text
+                if stream or ended:
+                    print(text[printed:], end='', flush=True)
+                    printed = len(text)
+                if ended:
+                    break
+                ids = next(growing)
+            print('\n---------------\n', end='', flush=True)
+
+        seconds['prefill'] += prefilled - began
+        seconds['decode'] += time.perf_counter() - prefilled
+        tokens['prefill'] += min(len(prompt), block_size)
+        tokens['decode'] += samples * (len(ids[0]) - 1)
+
+    speeds = [
+        f"{name} {tokens[name]} tokens in {took:.2f} s, {tokens[name] / max(took, 1e-9):.0f} tok/s"
+        for name, took in seconds.items()
+    ]
+    print('; '.join([*speeds, f"{device}, {dtype}"]), file=sys.stderr)
+
+
+# -----------------------------------------------------------------------------
+# Answers, one by one. A conversation is a list of turns, each the token ids of a question and its answer.
+
+plain_tokenizer = Tokenizer(tokenizer.spec, ordinary=True)  # for what people type
+cache = model.new_cache(1, block_size) if chat or each_line else None
+in_cache = []  # the ids whose keys and values stand in the cache
+
+
+def ask(turns, line):
+    """Adds a turn that begins with the question in `line`. Raises UserError for an unknown character."""
+    question = template_prompt(template, line)
+    if turns:
+        question = f'\n{question}'  # as conversation_parts has it between turns
+    ids = [int(i) for i in plain_tokenizer.encode(question)]  # it may return an array
+
+    # An answer that was cut short ends here, like the others. Plain characters have no token for it.
+    if turns and tokenizer.eot is not None and turns[-1][-1] != tokenizer.eot:
+        turns[-1].append(tokenizer.eot)
+    turns.append(ids)
+
+
+def make_room(turns):
+    """Once a conversation is longer than the window, its oldest turns go until half of the window is free.
+
+    The last turn stays. If it is too long by itself, all but its last half window of tokens goes."""
+    half = max(1, block_size // 2)
+    if sum(map(len, turns)) <= block_size:
+        return
+    while len(turns) > 1 and sum(map(len, turns)) > half:
+        del turns[0]
+    if len(turns[0]) > block_size:
+        turns[0] = turns[0][-half:]
+
+
+def next_token(turns, draw):
+    """Reads a conversation and adds the next token, which it returns. `draw` (1, 1) is its random number."""
+    make_room(turns)
+    ids = [i for turn in turns for i in turn]
+
+    # The cache serves as far as it holds the same ids; the last one is always read, for its logits.
+    known = 0
+    while known < min(len(ids) - 1, len(in_cache)) and ids[known] == in_cache[known]:
+        known += 1
+    del in_cache[known:]  # before the cache changes, because Ctrl-C may come in between
+    new = torch.tensor([ids[known:]], device=device)  # (1, T)
+    pos = torch.arange(known, len(ids), device=device)  # (T,)
+    logits = model.decode(new, pos, cache)[:, : tokenizer.vocab_size].float()  # (1, V)
+    in_cache.extend(ids[known:])
+
+    token = sample_next_token(logits, draw, temperature, top_k, top_p).item()
+    turns[-1].append(token)
+    return token
+
+
+def print_answer(turns, line, i):
+    """Prints the answer to line i while it grows, without the white space around it."""
+    ask(turns, line)
+    ids = []
+    printed = 0
+    for draw in draws_of([i]).view(-1, 1, 1):
+        ids.append(next_token(turns, draw))
+        text, ended = text_of(ids)
+        text = text.strip()
+        if each_line:
+            text = text.replace('\n', '\\n')
+        print(text[printed:], end='', flush=True)
+        printed = len(text)
+        if ended:
+            return
+
+
+def print_answers(lines):
+    """Answers each line, in one conversation or as a document of its own. An empty line has no answer."""
+    is_conversation = chat and template == CONVERSATIONS
+    turns = []
+    for i, line in enumerate(lines):
+        if not is_conversation:
+            turns = []
+        try:
+            if line.strip():
+                print_answer(turns, line, i)
+        except UserError as error:  # a character that the tokenizer does not know
+            print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            if not (chat and at_terminal):
+                raise
+        print(flush=True)
+
+
+def typed_line():
+    """Returns a line that a person types, '' after Ctrl-C, None after Ctrl-D."""
+    # input writes its sign to stdout, which is for answers alone if it is not the terminal.
+    try:
+        return input('> ' if sys.stdout.isatty() else '')
+    except KeyboardInterrupt:
+        return ''
+    except EOFError:
+        print(file=sys.stderr)
+        return None
+
+
+def chat_lines():
+    """Returns an iterator over the lines of a person or a pipe."""
+    sys.stdin.reconfigure(errors='replace')  # what is not UTF-8 is no reason to end a chat
+    if not at_terminal:
+        return sys.stdin
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # with it input lets a person edit a line
+    print("Ctrl-C ends an answer, Ctrl-D the chat", file=sys.stderr)
+    return iter(typed_line, None)  # calls it until it returns None
 
 
 with torch.inference_mode():
-    if compile:
-        compile_decode()
-    for first in range(0, num_samples, rows):
-        print_samples(first)
-
-speeds = [
-    f"{name} {tokens[name]} tokens in {took:.2f} s, {tokens[name] / max(took, 1e-9):.0f} tok/s"
-    for name, took in seconds.items()
-]
-print('; '.join([*speeds, f"{device}, {dtype}"]), file=sys.stderr)
+    if chat:
+        print_answers(chat_lines())
+    elif each_line:
+        print_answers(io.StringIO(prompt_text))  # its lines
+    else:
+        print_samples()

@@ -14,7 +14,7 @@ import torch
 from conftest import DEVICE, MACHINE, PLACE, TRACED
 from reference import gpt_logits
 
-from data.tokenizer import Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
+from data.tokenizer import EOT, Tokenizer, char_tokenizer, read_tokenizer_spec, train_bpe
 from model import GPT, GPTConfig, read_checkpoint
 
 END = '---------------\n'
@@ -64,7 +64,7 @@ def sample(house, trained, monkeypatch, capsys):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the configurator has one
         monkeypatch.setattr(sys, 'argv', [script, *MACHINE, *arguments])
-        monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
+        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding='utf-8'))
         runpy.run_path(str(house / script), run_name='__main__')
         sample.out, sample.err = capsys.readouterr()
         return texts(sample.out)
@@ -159,6 +159,35 @@ def test_stop(sample):
     assert int(re.search(r'decode (\d+) tokens', sample.err)[1]) < 4 * 1000
 
 
+@pytest.fixture
+def ending(trained, tmp_path):
+    """A folder with the model of `trained`, whose character ' ' is the end token now. Its name is ' '."""
+    checkpoint = torch.load(trained / 'out' / 'ckpt.pt', 'cpu', weights_only=True)
+    stoi = {{' ': EOT}.get(c, c): i for c, i in checkpoint['tokenizer']['stoi'].items()}
+    checkpoint['tokenizer'].update(stoi=stoi, itos={i: c for c, i in stoi.items()})
+    (tmp_path / 'out').mkdir()
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    return tmp_path
+
+
+def test_end_token(sample, ending):
+    """A sample ends at the end token, which is not printed; that of the prompt does not count. With
+    ignore_eos=True it goes on. The batch ends with its last sample.
+    """
+    how = ['--num_samples=4', '--max_new_tokens=40', f'--start=the{EOT}']
+    plain = sample(*how, '--ignore_eos=True', cwd=ending)
+    assert all(text.count(EOT) > 2 for text in plain)
+    want = [EOT.join(text.split(EOT)[:2]) for text in plain]
+    assert sample(*how, cwd=ending) == sample(*how, '--stream=True', cwd=ending) == want
+    assert sample(*how[::2], '--max_new_tokens=2000', cwd=ending) == want
+    assert int(re.search(r'decode (\d+) tokens', sample.err)[1]) < 4 * 100
+
+    # Whatever comes first ends a sample. The end token is a text for `stop` too.
+    stopped = [text[: 16 + (text[16:] + 'e').index('e')] for text in want]
+    assert sample(*how, '--stop=e', cwd=ending) == stopped != want
+    assert sample(*how, '--ignore_eos=True', f'--stop={EOT}', cwd=ending) == want
+
+
 def test_stream(sample, monkeypatch):
     """The text comes token by token; without stream a sample comes in one piece."""
     pieces, write = [], io.TextIOWrapper.write
@@ -188,6 +217,17 @@ def test_prompts(sample, tmp_path):
     assert sample(f'--start=FILE:{tmp_path / "prompt.txt"}', *common) == text
     assert sample('--start=-', *common, stdin='the lazy dog ') == text
     assert sample('--start=', *common)[0] == sample(*common)[0].removeprefix('\n')
+
+    # Backslashes are for the command line: a newline, a tab and a backslash.
+    assert sample(r'--start=the\nlazy', *common)[0].startswith('the\nlazy')
+    assert sample(r'--start=the\nlazy', *common) == sample('--start=-', *common, stdin='the\nlazy\n')
+    (tmp_path / 'prompt.txt').write_text(r'the\n')
+    for how, stdin in ((f'--start=FILE:{tmp_path / "prompt.txt"}', ''), ('--start=-', r'the\n')):
+        with pytest.raises(ValueError, match=r"does not know the character '\\\\'"):
+            sample(how, *common, stdin=stdin)
+    line, *_ = sample('--start=the lazy dog ', *common[:1], '--max_new_tokens=60')[0].split('\n')
+    assert sample('--start=the lazy dog ', *common[:1], '--max_new_tokens=60', r'--stop=\n') == [line]
+
     long = 'the quick fox jumps over the fence, and '
     assert sample(f'--start={long}', *common)[0].startswith(long)
 
