@@ -15,6 +15,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -172,15 +173,42 @@ class Forked(FORKS.Process):
         os.kill(self.pid, number)
 
 
-def launch(script, arguments, cwd, env, streams, ranks=0, real=False, file_size=None):
+class Ranks:
+    """Processes that are the ranks of one run, where torchrun itself is not what a test is about."""
+
+    def __init__(self, processes):
+        self.processes = processes
+
+    def wait(self, timeout=300):
+        return max(process.wait(timeout) for process in self.processes)
+
+    def poll(self):
+        codes = [process.poll() for process in self.processes]
+        return None if None in codes else max(codes)
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+
+def launch(script, arguments, cwd, env, streams, ranks=0, torchrun=False, real=False, file_size=None):
     """Starts a script; returns the process. `streams` are its stdin, stdout and stderr, each a path or a
-    file descriptor. With ranks=N under torchrun. Without, and unless `real`, it is forked off a process that
-    has imported torch, datasets and transformers already, which saves seconds each; its files may then be
-    limited to file_size bytes.
+    file descriptor. With ranks=N it is N processes, under torchrun if that is said. Without torchrun, and
+    unless `real`, each is forked off a process that has imported torch, datasets and transformers already,
+    which saves seconds; its files may then be limited to file_size bytes.
     """
     script, arguments = str(script), [str(argument) for argument in arguments]
     if '--device=cuda' in arguments and ranks > torch.cuda.device_count():
         pytest.skip(f"needs {ranks} GPUs")
+    if ranks and not torchrun:
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = server.getsockname()[1]  # free, and ours as long as nobody else is given it
+        place = {'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+        processes = []
+        for rank in range(ranks):
+            rank_env = {**env, **place, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+            processes.append(launch(script, arguments, cwd, rank_env, streams, file_size=file_size))
+        return Ranks(processes)
     env = {**os.environ, 'PYTHONIOENCODING': 'utf-8', **env}
     if ranks or real:
         python = [sys.executable]
@@ -238,7 +266,7 @@ def run(house, tmp_path):
         assert returned == status, out + errors
         if status == 0:
             return subprocess.CompletedProcess([script, *arguments], returned, out, errors)
-        if how.get('ranks'):  # torchrun adds a report of its own
+        if how.get('torchrun'):  # it adds a report of its own
             assert f'File "{house / script}"' not in errors, errors
         else:  # datasets' progress bars stand there too, and which weights were read
             errors = re.sub(r'^.*: weights of iteration .*\n', '', errors, flags=re.M)

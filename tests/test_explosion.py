@@ -88,6 +88,7 @@ def test_stop_while_exploded(run, start, ruin, tmp_path):
     assert f'`mv more/last.pt more/last-{left}.pt && ' in last and left < 17
 
 
+@slow
 def test_recovers(run, ruin, tmp_path):
     """Training goes on through an explosion, and saves again once an evaluation is sound."""
     out = run(ruin(), *RUN, '--max_iters=200', '--log_interval=100').stdout

@@ -33,6 +33,10 @@ def cases(quick, *more):
     cases(
         [
             (['--batchsize=3'], "unknown key 'batchsize', did you mean 'batch_size'?"),
+            (
+                ['--dataset=data/tiny'],
+                "data/data/tiny/train.bin: --dataset=tiny is the name of a folder of data/",
+            ),
             (['--optimizer=mun'], "optimizer takes adamw or muon, not 'mun'"),
             (
                 ['--dataset=shakespeare_char'],
@@ -104,6 +108,28 @@ def test_data(run, house, split, ids, words):
     else:
         ids.astype('<u2').tofile(bad / f'{split}.bin')
     assert words in run('train.py', *SMALL, '--dataset=bad', status=1)
+
+
+def test_missing_data(run, house, tmp_path):
+    """A folder that lacks a file is told apart from none at all. Where a run has moved without its data, the
+    line names what to bring: it once said that the data set was none of those that there are.
+    """
+    moved = house / 'data' / 'moved_here'
+    shutil.copytree(house / 'data' / 'tiny', moved)
+    run('train.py', *SMALL, '--dataset=moved_here', '--max_iters=1')
+    (moved / 'val.bin').rename(moved / 'valid.bin')
+    prepare = f'`python {house}/data/custom/prepare.py --input=TEXT --name=moved_here`'
+    words = f'there is no {moved}/val.bin, only meta.pkl, train.bin, valid.bin: run {prepare}\n'
+    assert run('train.py', *SMALL, '--dataset=moved_here', '--out_dir=new', status=1) == words
+
+    shutil.rmtree(moved)
+    resume = ['train.py', *MACHINE, '--init_from=resume', '--max_iters=2']
+    words = (
+        f'there is no {moved}/train.bin, which out/ckpt.pt was trained on: bring the folder {moved}, '
+        f'or only sample by `python {house}/sample.py --out_dir=out`\n'
+    )
+    assert run(*resume, status=1) == words
+    assert "'moved_here' is none of " in run(*resume, '--dataset=moved_here', status=1)
 
 
 @slow
@@ -308,7 +334,7 @@ def test_ranks(run, start):
         ),
         (['--batchsize=3'], "unknown key 'batchsize'"),
     ):
-        assert run('train.py', *SMALL, *arguments, status=1, ranks=2).count(words) == 1
+        assert run('train.py', *SMALL, *arguments, status=1, ranks=2, torchrun=True).count(words) == 1
     assert alone.stdout.read() == '--seed=-1: seed must be at least 0, not -1\n'
     assert alone.wait() == 1
 

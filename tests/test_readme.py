@@ -4,6 +4,7 @@ needs neither network nor GPUs nor a package of its own is run, shortened.
 """
 
 import ast
+import json
 import re
 import shlex
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ NOT_RUN = {
     r'-m pytest': 'these tests themselves',
     r'prepare.py --files|wiki[-_]zh': 'the data of its user: tests/test_data.py runs them on its own',
     r'openwebtext/prepare.py': 'network',
-    r'finetune_shakespeare|out-shakespeare$|out-mybook|gpt2-xl|eval_gpt2|wikitext': (
+    r'finetune_shakespeare|out-shakespeare$|out-mybook|out-faq|gpt2-xl|eval_gpt2|wikitext': (
         "network: GPT-2's weights, WikiText; tests/test_export.py has the latter's config"
     ),
     r'--nproc_per_node=8': 'eight GPUs',
@@ -75,6 +76,8 @@ def test_commands_run(run, house, with_text, bpe):
     """In the order of the page, in one folder: what a command needs, an earlier one has made."""
     (house / 'prompt.txt').write_text('import os\n')
     (house / 'book.txt').write_text(TEXT)
+    row = json.dumps({'question': "Who?", 'answer': "The fox."})
+    (house / 'faq.jsonl').write_text(f'{row}\n' * 30)
     done = []
     for command in commands():
         if any(re.search(pattern, command) for pattern in NOT_RUN):
@@ -86,7 +89,7 @@ def test_commands_run(run, house, with_text, bpe):
             stdin, ranks, script, arguments = parse(command)
         extra = next((words.split() for name, words in SHORT.items() if name in command), [])
         extra = [] if '--help' in arguments or script == 'one_liner.py' else extra
-        out = run(script, *arguments, *extra, ranks=ranks, stdin=stdin, cwd=house).stdout
+        out = run(script, *arguments, *extra, ranks=ranks, torchrun=ranks > 0, stdin=stdin, cwd=house).stdout
         assert out or 'save_pretrained' in command, command
         assert out.startswith('class ') or 'pipeline' not in command
         done.append(script)

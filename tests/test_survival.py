@@ -79,7 +79,8 @@ def assert_close(a, b):
 
 
 @posix
-@pytest.mark.parametrize('dtype', [pytest.param('float32', marks=slow), 'float16'])
+@slow
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_killed_and_resumed(run, start, tmp_path, dtype):
     """With dropout and accumulation, killed anywhere: weights, moments, metrics of the run left alone."""
     run('train.py', *LONG, f'--dtype={dtype}', '--out_dir=a')
@@ -205,7 +206,7 @@ def test_kills(run, start, tmp_path, request):
 
 @posix
 @pytest.mark.parametrize(
-    'name', [pytest.param('SIGTERM', marks=slow), 'SIGINT', 'SIGHUP', pytest.param('SIGUSR1', marks=slow)]
+    'name', ['SIGINT', *(pytest.param(name, marks=slow) for name in ('SIGTERM', 'SIGHUP', 'SIGUSR1'))]
 )
 def test_polite_stop(run, start, tmp_path, name):
     """The unfinished iteration is dropped, the state at its start saved, status 0. The command that is
@@ -252,7 +253,7 @@ def test_stop_in_an_evaluation(run, start, tmp_path, ranks):
     """
     run('train.py', *SMALL)
     again = ['--init_from=resume', *MACHINE, '--max_iters=20', '--eval_interval=8', '--eval_iters=200000']
-    process = start(*again, ranks=ranks)
+    process = start(*again, ranks=ranks, torchrun=ranks > 0)
     wait_for(process, 'iter 7:')
     time.sleep(0.5)  # inside the evaluation
     began = time.monotonic()
@@ -265,6 +266,7 @@ def test_stop_in_an_evaluation(run, start, tmp_path, ranks):
 
 
 @posix
+@slow
 def test_signals_that_are_ignored(start, altered, tmp_path):
     """nohup has SIGHUP ignored, and a shell's `&` SIGINT: the run goes on through them."""
     script = altered("import signal\nfor n in (1, 2):\n    signal.signal(n, signal.SIG_IGN)")
@@ -300,13 +302,15 @@ def test_polite_stop_of_ranks(run, start, tmp_path):
     """
     env = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
     how = [*SMALL, '--dropout=0.2', '--gradient_accumulation_steps=4', '--learning_rate=1e-3']
-    process = start(*how, '--max_iters=2000', '--eval_interval=20', '--wandb_log=True', ranks=2, env=env)
+    process = start(
+        *how, '--max_iters=2000', '--eval_interval=20', '--wandb_log=True', ranks=2, torchrun=True, env=env
+    )
     wait_for(process, 'iter 25:')
     os.kill(children(process)[0], signal.SIGTERM)
     out = process.stdout.read()
     assert process.wait() == 0 and out.count('stopped before iteration') == 1 and '`torchrun … ' in out
     first = newest(tmp_path / 'out')['iter_num']
-    process = start('--init_from=resume', *MACHINE, ranks=2, env=env)
+    process = start('--init_from=resume', *MACHINE, ranks=2, torchrun=True, env=env)
     wait_for(process, f'iter {first + 25}:')
     process.send_signal(signal.SIGTERM)
     out = process.stdout.read()
@@ -416,7 +420,7 @@ def test_early_stop_harms_nothing(run, start, tmp_path):
 @slow
 def test_rank_that_dies(start, tmp_path):
     """kill -9 of one rank of two: the other says so and ends, nothing hangs, the checkpoint is whole."""
-    process = start(*LONG, '--max_iters=100000', ranks=2)
+    process = start(*LONG, '--max_iters=100000', ranks=2, torchrun=True)
     wait_for(process, 'iter 20:')
     os.kill(children(process)[1], signal.SIGKILL)
     out = process.stdout.read()
@@ -428,6 +432,7 @@ def test_rank_that_dies(start, tmp_path):
 # what stands in the folder
 
 
+@slow
 def test_best_and_last(run, start, tmp_path):
     """always_save_checkpoint=False: ckpt.pt stays the best model, last.pt is the newest state while that is
     another one, resume takes the newer and says which, and sample.py reads the best. A new run in the folder
@@ -631,9 +636,9 @@ model.GPT.forward = poisoned
         '--checkpoint_interval=6',
         '--max_iters=20',
     ]
-    words = run(poisoned, *how, '--log_interval=50', status=1, ranks=2)
+    words = run(poisoned, *how, '--log_interval=50', status=1, ranks=2, torchrun=True)
     assert words.count('iteration 6: a weight is not finite') == 1
-    words = run(poisoned, *how, '--out_dir=new', status=1, ranks=2)
+    words = run(poisoned, *how, '--out_dir=new', status=1, ranks=2, torchrun=True)
     assert words.count('not finite') == 1 and 'iteration 3: the loss is not finite' in words
     assert names(tmp_path / 'out') == names(tmp_path / 'new') == {'metrics.jsonl'}
 
@@ -711,5 +716,5 @@ def test_folders_that_are_not_shared(run, altered, tmp_path):
     shutil.copytree(tmp_path / 'out', tmp_path / '1' / 'out')
     run('train.py', *SMALL, '--max_iters=3', '--init_from=resume')
     script = altered("import os\nif os.environ['RANK'] == '1':\n    os.chdir('1')")
-    words = run(script, *SMALL, '--init_from=resume', '--max_iters=9', status=1, ranks=2)
+    words = run(script, *SMALL, '--init_from=resume', '--max_iters=9', status=1, ranks=2, torchrun=True)
     assert 'iterations 2 and 3 were found: out must be one shared folder' in words
