@@ -351,11 +351,13 @@ data_dir = ROOT / 'data' / (dataset or '')
 project = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
 sample_command = f"python {shlex.join([os.path.join(project, 'sample.py'), f'--out_dir={out_dir}'])}"
 custom_command = f"python {os.path.join(project, 'data', 'custom', 'prepare.py')} --input=TEXT"
-prepare_command = f"{custom_command} --name={dataset}"
 # A script may make a data set below its own too, as python_qa's makes python_qa/source.
 own_scripts = [path for path in (data_dir / 'prepare.py', data_dir.parent / 'prepare.py') if path.exists()]
-if own_scripts:
-    prepare_command = f"python {os.path.join(project, own_scripts[0].relative_to(ROOT))}"
+prepare_command = (
+    f"python {os.path.join(project, own_scripts[0].relative_to(ROOT))}"
+    if own_scripts
+    else f"{custom_command} --name={dataset}"
+)
 
 
 def check_data_files():
@@ -423,16 +425,23 @@ def make_model():
 torch.manual_seed(seed)
 model = make_model()
 
-# Two tokenizers may come from different files and still be the same, as GPT-2's own and that of an export.
-if has_data and model.tokenizer_source != tokenizer_spec:
-    if not model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
-        own_tokenizer = out_dir if resume_path else init_from  # prepare.py takes either
-        if model.tokenizer().kind == 'gpt2':
-            own_tokenizer = 'gpt2'
-        raise UserError(
-            f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}: "
-            f"`{custom_command} --name=NAME --tokenizer={own_tokenizer}` prepares a text with that one"
-        )
+
+def check_tokenizer():
+    """Raises UserError if the data have other tokens than the model, with what to do."""
+    # Two tokenizers may come from different files and still be the same, as GPT-2's and that of an export.
+    if model.tokenizer_source == tokenizer_spec or model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
+        return
+    name = out_dir if resume_path else init_from  # prepare.py takes either
+    if model.tokenizer().kind == 'gpt2':
+        name = 'gpt2'
+    raise UserError(
+        f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}: "
+        f"`{custom_command} --name=NAME --tokenizer={name}` prepares a text with that one"
+    )
+
+
+if has_data:
+    check_tokenizer()
 model.template = template
 
 # The weights decide the sizes. Where a key says otherwise, a line tells it; on resume a key that was given is
