@@ -896,3 +896,14 @@ def test_many_workers(run, house, tmp_path, bpe):
     write_json_lines(tmp_path / 'mine.jsonl', ['a', 'b', 'c'])
     run('data/openwebtext/prepare.py', '--files=mine.jsonl', f'--num_workers={2**63 - 1}')
     assert len(read(house, 'openwebtext', 'train')) > 2
+
+
+def test_part_that_is_a_second_name(tmp_path):
+    """A kill inside `link` may leave NAME.part as a second name of a good file. Writing NAME leaves that whole."""
+    from data.common import atomic_write
+
+    (tmp_path / 'good').write_text('good')
+    os.link(tmp_path / 'good', tmp_path / 'new.part')
+    with atomic_write(tmp_path / 'new') as f:
+        f.write(b'new')
+    assert (tmp_path / 'good').read_text() == 'good' and (tmp_path / 'new').read_text() == 'new'
