@@ -899,7 +899,7 @@ def test_many_workers(run, house, tmp_path, bpe):
 
 
 def test_part_that_is_a_second_name(tmp_path):
-    """A kill inside `link` may leave NAME.part as a second name of a good file. Writing NAME leaves that whole."""
+    """A kill inside `link` may leave NAME.part as a second name of a good file, which stays whole."""
     from data.common import atomic_write
 
     (tmp_path / 'good').write_text('good')
