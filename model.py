@@ -10,11 +10,12 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -86,10 +87,9 @@ class GPTConfig:
         one is only there if it is not at its default."""
         nanogpt = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
         args = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in nanogpt or value != field.default:
-                args[field.name] = value
+        for name, value in vars(self).items():
+            if name in nanogpt or value != getattr(type(self), name):
+                args[name] = value
         return args
 
 
@@ -741,21 +741,25 @@ class PackedLinear(nn.Module):
         rms = weight.norm() / math.sqrt(weight.numel())
         fits = bool(weight.abs().max() <= 65504 and rms >= 3e-5)
         self.half = dtype != torch.float32 and has_fbgemm() and fits
+        # With AVX2, FBGEMM sums up a row that it takes alone in another order. Of a multiple of 3 rows it
+        # takes none alone, so rows are filled up to that. With AVX512 all rows are alike.
+        self.multiple = 3 if torch.backends.cpu.get_cpu_capability() == 'AVX2' else 1
         if self.half:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # laid out for 16 rows
 
     def forward(self, x):
-        if self.half:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-
-        # Up to 4 rows take the same time in oneDNN. Fewer are filled up, so that sums keep their order. The
-        # last arguments say that no activation follows.
         rows = x.flatten(0, -2)
         n = rows.size(0)
-        rows = F.pad(rows, (0, 0, 0, max(0, 4 - n)))
-        y = torch.ops.mkldnn._linear_pointwise.default(rows, self.packed, self.bias, 'none', [], '')
+        if self.half:
+            rows = F.pad(rows, (0, 0, 0, -n % self.multiple))
+            y = torch.ops.quantized.linear_dynamic_fp16(rows, self.packed)
+        else:
+            # Up to 4 rows take the same time in oneDNN. Fewer are filled up, so that sums keep their order.
+            # The last arguments say that no activation follows.
+            rows = F.pad(rows, (0, 0, 0, max(0, 4 - n)))
+            y = torch.ops.mkldnn._linear_pointwise.default(rows, self.packed, self.bias, 'none', [], '')
         return y[:n].unflatten(0, x.shape[:-1])
 
     def extra_repr(self):
@@ -967,11 +971,23 @@ CHECKPOINT_TYPES = {
 }
 
 
+def no_checkpoint(path):
+    """The UserError for a ckpt.pt that is not there. It names the folders beside its own that have one."""
+    beside = Path(path).parent.parent
+    folders = {file.parent for name in ('ckpt.pt', 'last.pt') for file in beside.glob(f'*/{name}')}
+    newest = sorted(folders, key=os.path.getmtime, reverse=True)
+    names = [shlex.quote(str(folder)) for folder in newest]
+    advice = ": train first, or name the folder with --out_dir"
+    if names:
+        advice = f", but in {', '.join(names[:3])} (newest first): add --out_dir={names[0]}"
+    return UserError(f"no checkpoint at {path}{advice}")
+
+
 def read_checkpoint(path, needed=()):
     """ckpt.pt as a dict of plain values and CPU tensors, without keys whose value is None. It must have the
     keys in `needed`, model and model_args. Executes nothing in the file. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}: train first, or name the folder with --out_dir")
+        raise no_checkpoint(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             if damaged := archive.testzip():

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import importlib.util
 import math
+import os
 import pickle
 import shutil
 import sys
@@ -1037,7 +1038,9 @@ def test_weights_beyond_float16(monkeypatch, factor, fits):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 @pytest.mark.parametrize('width', [64, 3072])
 def test_packed_linear(width, dtype):
-    """The bits of a row for any number of rows: oneDNN adds up 3072 products of one row in another order."""
+    """The bits of a row for any number of rows: oneDNN adds up 3072 products of one row in another order, and
+    with AVX2 FBGEMM those of a row that is left over.
+    """
     torch.manual_seed(0)
     x = torch.randn(33, 1, width)
     for bias in (False, True):
@@ -1046,8 +1049,8 @@ def test_packed_linear(width, dtype):
         packed = PackedLinear(linear, dtype)
         y, want = packed(x), linear(x)
         assert y.shape == want.shape and y.dtype == torch.float32
-        assert (y - want).norm() < (1e-3 if packed.half else 1e-6) * want.norm()
-        for n in (1, 2, 3, 4, 7, 10):
+        assert (y - want).norm() < (1e-3 if packed.half else 2e-6) * want.norm()
+        for n in range(1, 33):
             assert torch.equal(packed(x[:n]), y[:n])
 
 
@@ -1415,7 +1418,7 @@ def test_which_file_of_a_folder(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.delenv('RANK', raising=False)
     with pytest.raises(ValueError, match='no checkpoint at .*ckpt.pt: train first'):
-        GPT.from_checkpoint(tmp_path)
+        GPT.from_checkpoint(tmp_path / 'runs' / 'out')
     models = {}
     best, last = (tmp_path / name for name in ('ckpt.pt', 'last.pt'))
     for path, seed in ((last, 1), (best, 2)):
@@ -1435,6 +1438,37 @@ def test_which_file_of_a_folder(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err.count('\n') == lines
     GPT.from_checkpoint(read_checkpoint(best))  # whoever has read it knows which it was
     assert capsys.readouterr() == ('', '')
+
+
+def test_folders_beside(tmp_path, monkeypatch):
+    """The line where there is no checkpoint names up to three folders beside that have one, newest first, by
+    their path from here: `python sample.py` beside an out-python-char did not name it. A folder counts once,
+    and files of other names, further down, or that link to nothing do not count.
+    """
+    names = ('oldest/ckpt.pt', 'my out/last.pt', 'mine/ckpt.pt', 'mine/last.pt', 'qa/ckpt.pt')
+    for age, name in enumerate([*names, 'text/input.txt', 'above/below/ckpt.pt', 'bert/model.pt']):
+        path = tmp_path / 'runs' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'')
+        os.utime(path.parent, (age, age))
+    (tmp_path / 'runs' / 'gone').mkdir()
+    (tmp_path / 'runs' / 'gone' / 'ckpt.pt').symlink_to('elsewhere')
+
+    def words(folder):
+        with pytest.raises(ValueError) as error:
+            GPT.from_checkpoint(folder)
+        return str(error.value)
+
+    monkeypatch.chdir(tmp_path)
+    there = "runs/qa, runs/mine, 'runs/my out' (newest first): add --out_dir=runs/qa"
+    assert words('runs/out') == f'no checkpoint at runs/out/ckpt.pt, but in {there}'
+    assert words(tmp_path / 'runs' / 'out').endswith(f' add --out_dir={tmp_path}/runs/qa')
+    monkeypatch.chdir(tmp_path / 'runs')
+    assert words('out').endswith(", but in qa, mine, 'my out' (newest first): add --out_dir=qa")
+    shutil.rmtree('qa')
+    shutil.rmtree('mine')
+    assert words('./out').endswith(", but in 'my out', oldest (newest first): add --out_dir='my out'")
+    assert words('nowhere/out').endswith('/ckpt.pt: train first, or name the folder with --out_dir')
 
 
 def test_flipped_bits(tmp_path):
