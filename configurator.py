@@ -8,8 +8,8 @@ def configure(script):
 
     The keys are the globals that hold a bool, int, float, str or None. First each config file runs, then each
     --key=value is set; the last value of a key wins. Returns `config`, a dict of all keys and their values,
-    `given_keys`, the set of those that a file or the command line has set, and `check_value`, for values that
-    come from elsewhere. Installs the excepthook that ends the script in one line for everything but a bug.
+    `given_keys`, the set of those that a file or the command line has set, and `check_value`, for the
+    values of a checkpoint. Installs the excepthook that ends the script in one line for everything but a bug.
     """
     import builtins
     import os
@@ -20,8 +20,8 @@ def configure(script):
     from contextlib import suppress
     from difflib import get_close_matches
     from pathlib import Path
-    from types import ModuleType
-    from typing import Literal, Union, get_args, get_origin
+    from textwrap import fill
+    from typing import Literal, get_args, get_origin
 
     class UserError(ValueError):
         """A mistake of the user; its text is one line that says what to do."""
@@ -33,7 +33,7 @@ def configure(script):
             return value in get_args(hint)
         if get_args(hint):  # the types of a union
             return any(fits(value, part) for part in get_args(hint))
-        return type(value) is hint
+        return type(value) is hint  # isinstance would take True for an int
 
     def describe(hint):
         """An annotation in words: 'int or None', 'adamw or muon' …"""
@@ -45,21 +45,22 @@ def configure(script):
     # A key takes values of the type of its default. If that is None, it takes any.
     config = {}
     hints = {}
-    plain = Union[bool, int, float, str, None]
+    any_value = bool | int | float | str | None
     for name, value in script.items():
-        if fits(value, plain) and not name.startswith('_'):
+        if fits(value, any_value) and not name.startswith('_'):
             config[name] = value
-            hints[name] = plain if value is None else type(value)
+            hints[name] = any_value if value is None else type(value)
 
-    # An annotation says it better. It is text in a script with `from __future__ import annotations`.
+    # An annotation, where there is one, says it instead. Python may have left it as text.
     for name, hint in script.get('__annotations__', {}).items():
         hints[name] = eval(hint, script) if isinstance(hint, str) else hint
 
     def check_value(source, key, value):
         """Returns a value as the key takes it, an int as float where a float is meant. Raises UserError."""
+        # Values are cut to some length in all messages, so that these stay one line.
         takes = f"{source}: {key} takes {describe(hints[key])}"
         if type(value) in (int, float):
-            if value < 0:
+            if value < 0:  # there is no key for which that has a meaning
                 raise UserError(f"{source}: {key} must be at least 0, not {value}")
             if not value < 2**63:  # nan is not below anything
                 raise UserError(f"{takes}, finite and within 64 bits")
@@ -68,9 +69,9 @@ def configure(script):
                 return float(value)
             raise UserError(f"{takes}, not {value!r:.40}")
 
-        # The shell does not expand the ~ of --out_dir=~/runs.
-        paths = ('out_dir', 'init_from', 'input', 'files', 'tokenizer', 'val')  # val may be a number
-        if key in paths and type(value) is str:
+        # The keys of all scripts that hold paths: the shell does not expand the ~ of --out_dir=~/runs.
+        path_keys = ('out_dir', 'init_from', 'input', 'files', 'tokenizer', 'val')  # val may be a number
+        if key in path_keys and type(value) is str:
             return os.path.expanduser(value)
         return value
 
@@ -80,13 +81,13 @@ def configure(script):
 
     def find_config(name):
         """The path of a config file, in the working directory or in the project. Raises UserError."""
-        project = script.get('ROOT', Path())
+        project = script.get('ROOT', Path())  # the folder of this file, which each script declares
         for path in (name, os.path.join(project, name)):
             if name.endswith('.py') and os.path.isfile(path):
                 return path
 
         ending = f" here or in {project} (its name ends in .py); a key is written --key=value"
-        if 'input' in config:
+        if 'input' in config:  # a prepare.py that reads texts
             ending = f"; a text is named by --input={name[:160]}"
         for path in project.glob('config/*.py'):
             if path.stem == Path(name).stem:
@@ -103,17 +104,20 @@ def configure(script):
         try:
             exec(builtins.compile(source, name, 'exec'), scope)  # train.py has a key named compile
         except Exception as error:  # of any kind
-            frame = error.__traceback__.tb_next  # the file's own, None if Python cannot read its text
+            frame = (
+                error.__traceback__.tb_next
+            )  # the file's own; None for a syntax error, which names its line
             place = f"{name}, line {frame.tb_lineno}" if frame else name
             raise UserError(f"{place}: {type(error).__name__}: {error!s:.200}") from error
 
         for key, value in scope.items():
-            internal = key.startswith('_') or callable(value) or isinstance(value, ModuleType)
+            internal = key.startswith('_') or hasattr(value, '__name__')  # a function, a class, a module
             if key in config:
                 config[key] = check_value(name, key, value)
                 given_keys.add(key)
             elif not internal:
-                # A name like a key's is a typo. But base_learning_rate may stand beside learning_rate.
+                # A name like a key's is a typo, unless the file assigns that key too: base_learning_rate may
+                # stand beside learning_rate.
                 similar = get_close_matches(key.lower(), config, n=1, cutoff=0.8)
                 if similar and similar[0] not in scope:
                     raise UserError(f"{name}: unknown key '{key:.40}', did you mean '{similar[0]}'?")
@@ -125,7 +129,7 @@ def configure(script):
         for constant in (None, True, False):
             if text == str(constant) and fits(constant, hint):
                 return constant
-        for number in (int, float):
+        for number in (int, float):  # in this order, so that '3' is an int where a key takes both
             with suppress(ValueError):
                 if fits(number(text), hint):
                     return number(text)
@@ -143,14 +147,10 @@ def configure(script):
             'no-compile': "write --compile=False",
             'rewind': "go around a bad stretch with another --seed",
         }
-        similar = get_close_matches(name, config, n=1, cutoff=0.65)
-        if name in instead:
-            words = instead[name]
-        elif similar:
-            words = f"did you mean '{similar[0]}'?"
-        else:
-            words = "--help lists the keys"
-        return f"unknown key '{name:.40}', {words}"
+        words = "--help lists the keys"
+        for similar in get_close_matches(name, config, n=1, cutoff=0.65):
+            words = f"did you mean '{similar}'?"
+        return f"unknown key '{name:.40}', {instead.get(name, words)}"
 
     def read_argument(argument):
         """The key and the value of --key=value. Raises UserError."""
@@ -160,28 +160,36 @@ def configure(script):
         return key, check_value(argument[:160], key, read_value(text, hints[key]))
 
     def print_help():
-        """Prints the script's docstring, and each key with its default and the comment beside it."""
-        source = Path(script['__file__']).read_text(encoding='utf-8')
-        declarations = source.partition('\nexec(')[0]  # lines like `seed = 1337  # of weights and batches`
-        comments = dict(re.findall(r'^(\w+)\b.*?  # (.*)', declarations, re.MULTILINE))
+        """Prints the script's docstring, then each key with its default and the comment beside it, in 79
+        columns. A comment line above a key is the heading of the group that the key begins."""
+        # This is the text above the line that executes this file, with lines like
+        # `seed = 1337  # of weights and batches`: heading, key, its annotation, its value, its words.
+        declarations = Path(script['__file__']).read_text(encoding='utf-8').partition('\nexec(')[0]
+        pattern = r'^(?:# (\w.*)\n)?(\w+)(?:: .*)? ?=.*?(?:  # (.*))?$'
 
         print(script['__doc__'].strip())
-        print("\nkeys and their defaults:")
-        for key, value in config.items():
-            choices = f"({describe(hints[key])}) " if 'Literal' in str(hints[key]) else ''
-            print(f"  --{key}={value!r}".ljust(40) + choices + comments.get(key, ''))
+        if config:
+            print("\nkeys and their defaults; a config file or --key=value sets them:")
+        for heading, key, words in re.findall(pattern, declarations, re.MULTILINE):
+            if key not in config:
+                continue
+            if heading:
+                print(f"\n{heading}:")
+            if 'Literal' in str(hints[key]):
+                words = f"({describe(hints[key])}) {words}"
+            text = f"  --{key}={config[key]!r}  ".ljust(28) + words
+            print(fill(text, 79, subsequent_indent=28 * ' ', break_on_hyphens=False))
 
     # ---------- How a script ends before its end ----------
     # The keys tell which script this is, and so what its user can do when memory is short, and whether a line
-    # is due when Ctrl-C or a closed pipe (`| head`) has ended it.
+    # is due when Ctrl-C or a closed pipe (`| head`) has ended it. None means not a word.
+    interrupted = None
+    unread = None
     if 'max_iters' in config:  # train.py
         less_memory = "halve --batch_size, double --gradient_accumulation_steps"
-        interrupted = None
         unread = "nobody reads this run's output any more: go on with --init_from=auto"
     elif 'num_samples' in config:  # sample.py
         less_memory = "fewer --num_samples or --max_new_tokens"
-        interrupted = None
-        unread = None
     else:  # a prepare.py
         less_memory = "prepare less text"
         interrupted = "interrupted: the data is not complete"
@@ -196,8 +204,9 @@ def configure(script):
         # At exit Python would try once more to write what stdout still holds to a full disk or a closed pipe.
         sys.stdout = None
 
+        # On a full disk, torch.save raises an error of its own on top of the system's.
         if kind is RuntimeError and isinstance(error.__context__, OSError):
-            error = error.__context__  # torch.save has raised its own on top of it
+            error = error.__context__
             kind = type(error)
         text = ' '.join(str(error).splitlines())
         user_error = any(base.__name__ == 'UserError' for base in kind.__mro__)
@@ -213,24 +222,24 @@ def configure(script):
             line = f"out of memory on {script.get('device') or 'this machine'}: {less_memory}"
         elif kind is ModuleNotFoundError:
             line = f"{text}: pip install -r requirements.txt"
-        elif isinstance(error, OSError) and error.strerror:
-            line = f"{error.filename or 'cannot write'}: {error.strerror}"
         elif isinstance(error, OSError):
             line = text
+            if error.strerror:
+                line = f"{error.filename or 'cannot write'}: {error.strerror}"
         else:
             sys.__excepthook__(kind, error, trace)
             return
         if line is None:
             return
 
-        # Under torchrun all ranks may fail alike, and one should speak. When rank 0 has ended, torchrun sends
-        # SIGTERM to the others, which wait for it here. (train.py's handler would only note it; the default
-        # one ends the sleep.) A rank that fails alone speaks after the wait.
+        # Under torchrun all ranks may fail alike, and one should speak. So the others wait, and speak if they
+        # are still there: when rank 0 has ended, torchrun sends them SIGTERM, which ends them by its default
+        # handler. (train.py's own would only note it.)
         if not first_rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        # torch.distributed gives us a sys.stderr that it prints when we return. But we cannot return there:
-        # gloo's threads abort one ordinary exit in twelve.
+        # torch.distributed has replaced sys.stderr by a text that is printed when Python exits. But a rank
+        # does not exit that way, because gloo's threads abort one ordinary exit in twelve.
         print(line, file=sys.__stderr__, flush=True)
         if local_rank is not None:
             os._exit(1)

@@ -1,12 +1,12 @@
 """
-Continue a text with a trained model, or with GPT-2, or talk to a model that was trained on answers. The text
-goes to stdout, everything else to stderr.
+Continue a text with a trained model, or with GPT-2, or talk to a model that
+was trained on answers. The text goes to stdout, everything else to stderr.
 
     python sample.py --out_dir=out-shakespeare-char --num_samples=3
-    python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"
+    python sample.py --init_from=gpt2-xl --start="What is the answer to life?"
     echo "def main(" | python sample.py --start=- --temperature=0 --stream=True
     python sample.py --out_dir=out-chat --chat=True
-    python sample.py --out_dir=out-qa --start=FILE:questions.txt --each_line=True > answers.txt
+    python sample.py --out_dir=out-qa --start=FILE:asked.txt --each_line=True
 """
 
 from __future__ import annotations  # the configurator reads annotations as text
@@ -24,12 +24,17 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
+# the model
 init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2 … gpt2-xl, or a folder that transformers saved
 out_dir = 'out'  # where train.py put its checkpoint
+
+# what it is asked
 start = "\n"  # the prompt; FILE:path reads a file, - reads stdin, empty: <|endoftext|>
 chat = False  # answer each line that is typed or piped
 each_line = False  # answer each line of the prompt, in one line
 template: str | None = None  # how a line is asked, such as "Q: {question}\nA: {answer}"; None: as in training
+
+# what it writes
 num_samples = 10  # texts to write, as one batch where memory allows
 max_new_tokens = 500  # length of each, in tokens
 temperature = 0.8  # 1 as trained, below 1 safer, above 1 wilder, 0 always the likeliest token
@@ -38,10 +43,12 @@ top_p: float | None = None  # sample from the fewest tokens whose probabilities 
 stop: str | None = None  # a text that ends a sample and is not printed, as the token <|endoftext|> does
 ignore_eos = False  # go on behind <|endoftext|>, and print it
 stream = False  # print as the text comes, one sample after the other
-seed = 1337  # sample i depends on (seed, i) alone
-device: str | None = None  # cpu, cuda, cuda:1, mps; None: what is there
+seed = 1337  # another seed, other texts; sample i depends on (seed, i) alone
+
+# the machine (None: what is there)
+device: str | None = None  # cpu, cuda, cuda:1, mps
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # None: what the device is good at
-compile = False  # torch.compile: half a minute at the start, for many tokens on a GPU
+compile = False  # torch.compile, for many tokens on a GPU: half a minute at the start
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 # The configurator has left `config`, a dict of the keys, and `given_keys`, those that were given. It refuses

@@ -470,12 +470,58 @@ def test_help(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     words = [line.split() for line in out.splitlines() if line.startswith('  --')]
     lines = {key: ' '.join(comment) for key, *comment in words}
-    assert not stop.value.code and out.startswith('What the script does.\n')
+    assert not stop.value.code and out.startswith('What the script does.\n\nkeys and their defaults; ')
     assert lines['--batch_size=12'] == 'sequences'
     assert lines['--seed=1337'] == 'of weights and batches'
     assert lines["--optimizer='adamw'"] == '(adamw or muon) muon for matrices'
     assert lines['--dtype=None'] == '(float32 or bfloat16 or float16 or None)'
-    assert lines['--top_k=200'] == '' and len(lines) == len(configure(monkeypatch)['config'])
+    assert lines['--top_k=200'] == '' and len(lines) == len(words) == len(configure(monkeypatch)['config'])
+
+
+GROUPED = '''"""What it does."""
+FOLDER = here()  # no key
+
+# neither is this a heading
+# ----------------------------
+# Introduction to all that follows.
+# files
+out_dir = 'out'  # folder
+stop: str | None = None  # where a text ends; it is a long comment, of which some words stand on a second line
+# model
+n_layer=12
+# what comes last, size = 3
+a_key_with_a_name_that_fills_the_column = 'as micro-batches do'  # it has micro-batches
+exec(…)
+'''
+HELP = '''What it does.
+
+keys and their defaults; a config file or --key=value sets them:
+
+files:
+  --out_dir='out'           folder
+  --stop=None               where a text ends; it is a long comment, of which
+                            some words stand on a second line
+
+model:
+  --n_layer=12
+
+what comes last, size = 3:
+  --a_key_with_a_name_that_fills_the_column='as micro-batches do'  it has
+                            micro-batches
+'''
+
+
+@pytest.mark.parametrize('source, out', [(GROUPED, HELP), ('"""A script without keys."""\nexec()', None)])
+def test_help_in_groups(monkeypatch, tmp_path, capsys, source, out):
+    """A comment right above a key begins a group, in the order of the source; long ones are wrapped below
+    their column, and not at a hyphen. Of a script without keys, the docstring is all.
+    """
+    path = tmp_path / 'script.py'
+    path.write_text(source, encoding='utf-8')
+    with pytest.raises(SystemExit):
+        script = source.partition('exec')[0]
+        configure(monkeypatch, '--help', script=script, here=object, __file__=str(path))
+    assert capsys.readouterr().out == (out or 'A script without keys.\n')
 
 
 def test_one_process_prints(monkeypatch, config_file, capsys):

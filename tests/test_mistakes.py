@@ -255,7 +255,10 @@ def test_checkpoint_for_sampling_only(run, trained, tmp_path):
 
 def test_sample(run, trained):
     for arguments, words in (
-        (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
+        (
+            ['--out_dir=nowhere'],
+            'no checkpoint at nowhere/ckpt.pt, but in out (newest first): add --out_dir=out',
+        ),
         (['--start=日'], "the model does not know the character '日'"),
         (['--start=FILE:missing.txt'], 'missing.txt: No such file'),
         (['--start=FILE:out/ckpt.pt'], 'out/ckpt.pt: the prompt is not UTF-8'),

@@ -1,10 +1,14 @@
 """
-Your own text as a data set: writes train.bin, val.bin and the tokenizer into data/NAME, for --dataset=NAME.
+Your own text as a data set: writes train.bin, val.bin and the tokenizer into
+data/NAME, for --dataset=NAME.
 
     python data/custom/prepare.py --input=book.txt --name=mytext
-    python data/custom/prepare.py --input="texts/**/*.md" --tokenizer=bpe --vocab_size=8192 --name=mytext
-    python data/custom/prepare.py --input=faq.jsonl --template="Question: {question}\\nAnswer: {answer}"
+    python data/custom/prepare.py --input="texts/**/*.md" --tokenizer=bpe
+    python data/custom/prepare.py --input=faq.jsonl \\
+        --template="Question: {question}\\nAnswer: {answer}"
 """
+
+from __future__ import annotations  # the configurator reads annotations as text
 
 import codecs
 import itertools

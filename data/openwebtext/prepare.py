@@ -1,10 +1,13 @@
 """
-OpenWebText, the open copy of GPT-2's training text, in GPT-2's byte-pair encoding: writes train.bin and
-val.bin beside this file.
+OpenWebText, the open copy of GPT-2's training text, in GPT-2's byte-pair
+encoding: writes train.bin and val.bin beside this file.
 
-    python data/openwebtext/prepare.py                              # the first 10,000 documents
-    python data/openwebtext/prepare.py --corpus=full                # all 8,013,769
-    python data/openwebtext/prepare.py --files="owt/*.parquet"      # brought from a machine with a network
+The first 10,000 documents:
+    python data/openwebtext/prepare.py
+All 8,013,769:
+    python data/openwebtext/prepare.py --corpus=full
+Files that were brought from a machine with a network:
+    python data/openwebtext/prepare.py --files="owt/*.parquet"
 """
 
 import os
@@ -16,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 corpus = '10k'  # 10k or full
-files = ''  # or the corpus itself, a glob of .parquet or of .jsonl (field "text"; .gz too)
+files = ''  # the corpus in files of your own: a glob of .parquet, or of .jsonl (field "text"; .gz too)
 num_workers = os.cpu_count() or 1  # threads that encode
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(ROOT))

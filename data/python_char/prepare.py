@@ -1,6 +1,7 @@
 """
-Python's own standard library, one token per character: several MB of good text that is on every machine
-that can run this. Writes train.bin, val.bin and meta.pkl beside this file.
+Python's own standard library, one token per character: several MB of good
+text that is on every machine that can run this. Writes train.bin, val.bin and
+meta.pkl beside this file.
 
     python data/python_char/prepare.py
 """

@@ -1,7 +1,8 @@
 """
-Questions about Python's standard library, answered from its docstrings: "What does textwrap.indent(text,
-prefix, predicate) do?" Writes train.bin, val.bin, their masks, template.txt and tokenizer.json beside this
-file, and the text of the library, for a model to learn first, into source/.
+Questions about Python's standard library, answered from its docstrings: "What
+does textwrap.indent(text, prefix, predicate) do?" Writes train.bin, val.bin,
+their masks, template.txt and tokenizer.json beside this file, and the text of
+the library, for a model to learn first, into source/.
 
     python data/python_qa/prepare.py
 """

@@ -1,5 +1,6 @@
 """
-Tiny Shakespeare in GPT-2's byte-pair encoding: writes train.bin and val.bin beside this file.
+Tiny Shakespeare in GPT-2's byte-pair encoding: writes train.bin and val.bin
+beside this file.
 
     python data/shakespeare/prepare.py
 """

@@ -1,5 +1,6 @@
 """
-Tiny Shakespeare, one token per character: writes train.bin, val.bin and meta.pkl beside this file.
+Tiny Shakespeare, one token per character: writes train.bin, val.bin and
+meta.pkl beside this file.
 
     python data/shakespeare_char/prepare.py
 """

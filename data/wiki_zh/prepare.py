@@ -1,6 +1,6 @@
 """
-Chinese Wikipedia with a byte-level BPE trained on it: writes train.bin, val.bin and tokenizer.json beside
-this file.
+Chinese Wikipedia with a byte-level BPE trained on it: writes train.bin,
+val.bin and tokenizer.json beside this file.
 
     python data/wiki_zh/prepare.py --input=wiki_zh
 
@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-input = str(HERE / 'wiki_zh')  # folder of files AA/wiki_00 …, JSON lines with the fields title and text
+input = ''  # folder of files AA/wiki_00 …, JSON lines with title and text; else wiki_zh beside this script
 vocab_size = 16384  # of the tokenizer, at most 65536
 num_workers = os.cpu_count() or 1  # threads that encode
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
@@ -24,10 +24,11 @@ sys.path.insert(0, str(ROOT))
 from data.common import check_vocab_size, load_rows, split_documents, text_parts, write_documents
 from data.tokenizer import train_bpe
 
-paths = sorted(glob.glob(f'{glob.escape(input)}/*/wiki_*'))
+folder = input or str(HERE / 'wiki_zh')
+paths = sorted(glob.glob(f'{glob.escape(folder)}/*/wiki_*'))
 if not paths:
     sys.exit(
-        f"no {input}/AA/wiki_00 …: unpack wiki2019zh.zip there, see {HERE / 'readme.md'}, "
+        f"no {folder}/AA/wiki_00 …: unpack wiki2019zh.zip there, see {HERE / 'readme.md'}, "
         "or name its folder with --input"
     )
 if num_workers < 1:

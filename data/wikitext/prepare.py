@@ -1,9 +1,10 @@
 """
-WikiText (Merity et al. 2016, arXiv:1609.07843), articles of the English Wikipedia, to measure GPT-2 on:
-writes train.bin, val.bin and words.json, the numbers of words, beside this file.
+WikiText (Merity et al. 2016, arXiv:1609.07843), articles of the English
+Wikipedia, to measure GPT-2 on: writes train.bin, val.bin and words.json, the
+numbers of words, beside this file.
 
     python data/wikitext/prepare.py
-    python data/wikitext/prepare.py --input=wikitext-2     # {train,valid,test}.txt, or wiki.test.raw …
+    python data/wikitext/prepare.py --input=wikitext-2
 """
 
 import json
@@ -17,7 +18,7 @@ ROOT = HERE.parents[1]
 
 corpus = 'wikitext-2-raw-v1'  # or wikitext-103-raw-v1; without -raw rare words are <unk>
 split = 'test'  # what val.bin holds: test, as papers report it, or valid
-input = ''  # a folder instead; without train.txt, train.bin holds the other split
+input = ''  # a folder with test.txt or wiki.test.raw …; without train.txt, train.bin holds the other split
 num_workers = os.cpu_count() or 1  # threads that encode
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 sys.path.insert(0, str(ROOT))
