@@ -17,11 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
-
-matplotlib.use('agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
+from plot import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -54,7 +52,7 @@ LENGTHS = 8, 64, 128, 256, 512, 768, 1000
 
 
 def train(nanogpt, name):
-    """Runs one of RUNS, unless its results exist, and returns the lines of its metrics.jsonl."""
+    """Runs one of RUNS, unless its results exist. Returns points (tokens, seconds, validation loss)."""
     code, words = RUNS[name]
     folder = OUT / re.sub(r'\W+', '-', name)
     if not (folder / 'metrics.jsonl').is_file():
@@ -66,17 +64,24 @@ def train(nanogpt, name):
             text=True,
             check=True,
         )
-        if code == 'nanoGPT':  # nanoGPT has no metrics.jsonl, so its output becomes one
-            steps = re.findall(r'^step (\d+): .*val loss ([\d.]+)', done.stdout, re.M)
-            lines = [{'iter': int(i), 'tokens': int(i) * 768, 'val/loss': float(loss)} for i, loss in steps]
-            times = re.findall(r'^iter (\d+): .*time ([\d.]+)ms', done.stdout, re.M)
-            for i, (_, ms) in enumerate(times[:-1]):  # the last one is nanoGPT's step beyond max_iters
-                # nanoGPT's time of every 100th iteration includes an evaluation: take the next iteration's
-                ms = times[i + 1][1] if i % 100 == 0 else ms
-                lines.append({'iter': i, 'tokens': i * 768, 'ms': float(ms)})
+        if code == 'nanoGPT':
             folder.mkdir(exist_ok=True)
-            (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+            (folder / 'metrics.jsonl').write_text(nanogpt_metrics(done.stdout))
+    return read_run(folder)[1]['eval']
+
+
+def nanogpt_metrics(output):
+    """What nanoGPT has printed as the lines of a metrics.jsonl, which it does not write."""
+    evaluations = re.findall(r'^step (\d+): train loss .*, val loss ([\d.]+)', output, re.M)
+    iterations = re.findall(r'^iter (\d+): loss ([\d.]+), time ([\d.]+)ms', output, re.M)
+    lines = [{'kind': 'eval', 'iter': int(i), 'val/loss': float(loss)} for i, loss in evaluations]
+    for i, loss, ms in iterations[:-1]:  # the last one is nanoGPT's step beyond max_iters
+        # The time of every 100th iteration includes an evaluation: take that of the next iteration.
+        ms = float(iterations[int(i) + 1][2] if int(i) % 100 == 0 else ms)
+        line = {'kind': 'train', 'iter': int(i), 'loss': float(loss), 'ms': ms}
+        lines.append({**line, 'tokens_per_second': 768000 / ms})
+    lines.sort(key=lambda line: line['iter'])  # an evaluation stays before the iteration of its number
+    return ''.join(json.dumps({**line, 'tokens': line['iter'] * 768}) + '\n' for line in lines)
 
 
 @torch.no_grad()
@@ -142,31 +147,22 @@ def main(nanogpt):
         for name in ('train.bin', 'val.bin', 'meta.pkl'):
             shutil.copy(ROOT / data / name, theirs / data / name)
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout='constrained')
+    figure = Figure((4.6, 4.3), layout='constrained')
+    panels = figure.subplots(1, 2, sharey=True)
     for name in RUNS:
-        lines = train(theirs, name)
-        clock = {0: 0.0}  # seconds of training before each iteration
-        for line in lines:
-            if 'ms' in line:
-                clock[line['iter'] + 1] = clock[line['iter']] + line['ms'] / 1000
-        evaluations = [line for line in lines if 'val/loss' in line]
-        tokens = [line['tokens'] / 1e6 for line in evaluations]
-        seconds = [clock[line['iter']] for line in evaluations]
-        losses = [line['val/loss'] for line in evaluations]
+        tokens, seconds, losses = zip(*train(theirs, name), strict=True)
         print(
-            f"{name}: {losses[-1]:.3f} after {seconds[-1]:.0f} s and {tokens[-1]:.2f}M tokens; "
+            f"{name}: {losses[-1]:.3f} after {seconds[-1]:.0f} s and {tokens[-1] / 1e6:.2f}M tokens; "
             f"lowest {min(losses):.3f}"
         )
-        for panel, x in zip(panels, (tokens, seconds), strict=True):
-            panel.plot(x, losses, label=name, color=COLORS[name])
-    panels[0].set(
-        xlabel='million tokens (characters)', ylabel='validation loss, nats a character', ylim=(1.5, 3)
-    )
+        panels[0].plot([count / 1e6 for count in tokens], losses, label=name, color=COLORS[name])
+        panels[1].plot(seconds, losses, color=COLORS[name])
+    panels[0].set(xlabel='million characters', ylabel='validation loss', ylim=(1.5, 3))
     panels[1].set(xlabel='seconds of training')
-    panels[0].legend(frameon=False)
     finish(figure, 'loss.png')
 
-    figure, panel = plt.subplots(figsize=(6, 3.8), layout='constrained')
+    figure = Figure((4.6, 4), layout='constrained')
+    panel = figure.subplots()
     for code, times in time_sampling(theirs).items():
         print(
             f"{code}: "
@@ -174,15 +170,17 @@ def main(nanogpt):
         )
         panel.plot(LENGTHS, times, marker='o', label=code, color=COLORS[code])
     panel.set(xlabel='tokens before it', ylabel='ms for one more token', yscale='log')
-    panel.legend(frameon=False)
+    panel.set_yticks([10, 100, 1000], ['10', '100', '1000'])
     finish(figure, 'sampling.png')
 
 
 def finish(figure, name):
+    """Writes a picture whose words can be read where it is 400 pixels wide, on a phone."""
     for panel in figure.axes:
         panel.grid(alpha=0.3)
         panel.spines[['top', 'right']].set_visible(False)
-    figure.savefig(ROOT / 'assets' / name, dpi=120)
+    figure.legend(loc='outside lower left', frameon=False)
+    figure.savefig(ROOT / 'assets' / name, dpi=200)
 
 
 if __name__ == '__main__':
