@@ -7,7 +7,7 @@ One machine with 8 GPUs (for several machines see assets/notes.md):
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
-from __future__ import annotations  # the configurator reads annotations as text
+from __future__ import annotations  # configurator.py, run below, reads annotations as text
 
 import ctypes
 import errno
@@ -18,6 +18,8 @@ import os
 import platform
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -25,57 +27,71 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, lru_cache
 from pathlib import Path
-from threading import RLock
+from threading import Event, RLock, Thread
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
-# The keys and their defaults: GPT-2 124M on OpenWebText, half a million tokens an iteration
+# The keys and their defaults: GPT-2 124M on OpenWebText, half a million tokens an iteration.
+# --help prints the comments beside them and, as headings, those right above one.
+
+# the run and its files
 out_dir = 'out'  # folder of the checkpoints, relative to the working directory
 eval_interval = 2000  # iterations between evaluations, after which ckpt.pt is saved
-checkpoint_interval = 0  # iterations between further saves, to last.pt; 0 for none
+checkpoint_interval = 0  # iterations between saves to last.pt, 0 for none
 log_interval = 1  # iterations between log lines
-eval_iters: int | None = 200  # micro-batches per evaluation and split; None: as many as val.bin has, in order
+eval_iters: int | None = 200  # micro-batches per evaluation and split; None: all of val.bin once, in order
+sample_tokens = 100  # tokens of text that each evaluation writes, 0: none
 eval_only = False  # evaluate once and exit
-always_save_checkpoint = True  # ckpt.pt is the newest evaluated model; False: the best one
+always_save_checkpoint = True  # False: ckpt.pt is the best model, not the newest
 keep_checkpoints = 1  # 1: ckpt.pt alone; N above 1: the newest N are kept as ckpt-ITERATION.pt too
 init_from = 'scratch'  # resume, auto (resume if possible), gpt2 … gpt2-xl, or a folder with weights
 seed = 1337  # of weights, batches and dropout
-wandb_log = False  # report to Weights & Biases too
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
-dataset: str | None = 'openwebtext'  # a folder of data/; None: random tokens, to time the loop
+
+# Weights & Biases (wandb.ai)
+wandb_log = False  # report the run there too
+wandb_project = 'owt'  # the project that it belongs to
+wandb_run_name = 'gpt2'  # the name of the run
+
+# data and batches
+dataset: str | None = 'openwebtext'  # a folder of data/; None: random tokens, for timing
 sampler: Literal['random', 'epoch'] = 'random'  # windows at random places, or every block once an epoch
 gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all processes together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
-n_layer = 12
-n_head = 12
-n_embd = 768
+
+# model
+n_layer = 12  # transformer blocks
+n_head = 12  # attention heads of each
+n_embd = 768  # width of the network, a multiple of n_head
 dropout = 0.0  # 0 for pretraining; for fine-tuning and small data try 0.1 and up
 bias = False  # biases in the linear layers and norms
+
+# optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
-learning_rate = 6e-4  # peak
+learning_rate = 6e-4  # its peak, after the warm-up
 max_iters = 600000  # the run takes exactly this many iterations
-weight_decay = 1e-1
-beta1 = 0.9
-beta2 = 0.95
+weight_decay = 1e-1  # of matrices and embeddings, not of norms and biases
+beta1 = 0.9  # adamw: decay of the gradient's running mean
+beta2 = 0.95  # adamw: decay of its square's running mean
 grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
+
 # learning rate schedule
-decay_lr = True  # False: learning_rate throughout
+decay_lr = True  # False: learning_rate throughout, without warm-up
 lr_schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # wsd: constant until the last fifth, then linear
 warmup_iters = 2000  # iterations of linear warm-up
-lr_decay_iters = 600000  # where the learning rate arrives at min_lr, usually max_iters
+lr_decay_iters = 600000  # the iteration that reaches min_lr, usually max_iters
 min_lr = 6e-5  # usually learning_rate / 10
-# the machine; None: what is there
+
+# the machine (None: what is there)
 backend: str | None = None  # of torch.distributed: nccl or gloo
 dist_timeout = 600  # seconds that a process waits for the others
 device: str | None = None  # cpu, cuda, cuda:1, mps
 dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # float16 scales its gradients
 compile: bool | None = None  # torch.compile; by default on CUDA
-peak_flops: float | None = None  # FLOP/s that mfu is measured against
-activation_checkpointing = False  # compute the blocks twice instead of storing them: less memory
+peak_flops: float | None = None  # FLOP/s that count as an mfu of 100 %
+activation_checkpointing = False  # less memory: blocks are computed twice
 profile = False  # profile one iteration: a table, and out_dir/trace.json
 
 # The configurator turns config files and --key=value into these globals. It leaves `config` (all keys and
@@ -91,8 +107,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.common import atomic_write, keep_as_old, link
-from data.tokenizer import Tokenizer, one_line, read_tokenizer_spec, template_fields
-from model import GPT, GPTConfig, UserError, choose_device, compile_method, peak_flops_of, read_checkpoint
+from data.tokenizer import Tokenizer, needs_download, one_line, read_tokenizer_spec, template_fields
+from model import (
+    GPT,
+    GPTConfig,
+    UserError,
+    choose_device,
+    compile_method,
+    no_checkpoint,
+    peak_flops_of,
+    read_checkpoint,
+)
 
 # ---------- The process: its place among the ranks, its files, what it prints, how it is stopped ----------
 distributed = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'}.issubset(os.environ)  # torchrun sets all three
@@ -100,7 +125,6 @@ rank = int(os.environ['RANK']) if distributed else 0
 local_rank = int(os.environ['LOCAL_RANK']) if distributed else 0
 world_size = int(os.environ['WORLD_SIZE']) if distributed else 1
 master_process = rank == 0  # prints and saves
-no_bar = None if master_process else True  # tqdm's `disable`: None shows a bar, but on terminals only
 
 # The settings of a checkpoint replace keys only further down. These stay right all the same: no checkpoint
 # has dataset=None, and out_dir and eval_only are never taken from one.
@@ -110,31 +134,56 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 last_path = os.path.join(out_dir, 'last.pt')
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
 
-# By default tqdm takes a lock that processes share. A distributed run ends by os._exit, which would leak it.
+# By default tqdm takes a lock that processes share. A distributed run ends by os._exit, and Python would
+# report that lock as leaked.
 tqdm.set_lock(RLock())
 
 
 def say(text):
-    """Prints a line above the progress bar, on rank 0. Once the terminal is gone, it prints no more."""
+    """Prints a line above the progress bar, on rank 0."""
     if not master_process:
         return
     try:
+        if stop_requested == signal.SIGINT and not log.bar.disable:
+            print('\r\033[K', end='', file=sys.stderr, flush=True)  # erases the bar and the ^C behind it
         tqdm.write(text)
     except OSError as error:
         if error.errno != errno.EIO:
             raise
+        # The terminal was closed. From here on the output goes nowhere.
         sys.stdout = sys.stderr = open(os.devnull, 'w')
 
 
-stop_requested = False  # by a signal; the loop then saves and leaves
+stop_requested = 0  # the number of the signal that asks the run to end; the loop then saves and leaves
 
 
 def request_stop(number, frame):
-    """Handles the signals that ask a run to end. In one process, a second Ctrl-C ends it at once."""
+    """Handles the signals that ask a run to end."""
     global stop_requested
-    stop_requested = True
-    if number == signal.SIGINT and not distributed:  # torchrun sends each rank the first Ctrl-C twice
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    stop_requested = number
+
+
+answered = Event()  # set when the first Ctrl-C has its answer
+
+
+def answer_ctrl_c(arrived):
+    """Answers the first Ctrl-C, and ends the process at the second: a thread, started above the loop.
+
+    request_stop is called only when a call of PyTorch returns, and a backward pass may take many seconds. But
+    Python writes the number of each signal to a socket at once; `arrived` is its other end."""
+    presses = 0
+    while number := arrived.recv(1):  # empty when the run has ended
+        if number[0] != signal.SIGINT:
+            continue
+        presses += 1
+        if presses == 2:
+            print(file=sys.stderr)  # ends the line of the ^C that the terminal writes
+            os._exit(128 + signal.SIGINT)
+        request_stop(signal.SIGINT, None)  # now: the handler itself may come later
+        time.sleep(0.05)  # until the terminal has written its ^C, which say erases
+        say("stopping after this micro-batch, again to quit")
+        log.bar.close()
+        answered.set()
 
 
 def all_reduce(tensor):
@@ -149,8 +198,8 @@ def all_reduce(tensor):
 # last.pt       the newest state, as long as it is newer than ckpt.pt: after a stop, after
 #               checkpoint_interval, and after an evaluation that was not the best
 # ckpt-N.pt     what ckpt.pt was after N iterations, if keep_checkpoints is above 1
-# NAME.old      a file of an earlier run, or of this one before its data changed. Where .old is taken, it is
-#               .old1, then .old2 …; files that are set aside together get the same ending
+# NAME.old      a file of an earlier run, or what this run had before it went on with other data. Where .old
+#               is taken, it is .old1, then .old2 …; what is set aside together gets the same ending
 #
 # A resumed run takes all settings from its checkpoint, but for those that were given, and for these.
 MACHINE_KEYS = ('device', 'dtype', 'compile', 'backend', 'dist_timeout', 'peak_flops')
@@ -228,7 +277,7 @@ def read_newest_checkpoint(paths):
     problems = []
     for path in paths:
         if checkpoints and path not in (ckpt_path, last_path):
-            break  # ckpt-N.pt is read only if neither of these two is whole
+            break  # one of these two is whole: no ckpt-N.pt is needed
         try:
             checkpoint = read_checkpoint(path, needed)
         except UserError as error:
@@ -263,14 +312,15 @@ if init_from == 'resume' and set_aside:
         "with --init_from=scratch"
     )
 if init_from == 'resume' and not found:
-    raise UserError(f"no checkpoint at {ckpt_path}: train first, or name the folder with --out_dir")
+    raise no_checkpoint(ckpt_path)
 
 folder_lock = lock_out_dir() if master_process and (saving or profile) else None
-# saved_iter, {path: iteration} of the checkpoints that are whole, is kept up to date by save_checkpoint.
 to_resume = found if init_from == 'resume' else []
+# saved_iter has the iteration of each whole checkpoint, {path: iteration}. save_checkpoint updates it.
 checkpoint, resume_path, saved_iter = read_newest_checkpoint(to_resume)
 
 # ---------- The settings: those of the checkpoint, then what the machine and the keys leave open ----------
+# check_value returns a value in the key's type, or raises UserError.
 for key, value in checkpoint.get('config', {}).items():
     if key in config and key not in given_keys and key not in KEYS_NOT_RESUMED:
         globals()[key] = config[key] = check_value(resume_path, key, value)
@@ -339,7 +389,7 @@ def peak_memory():
 
 # Randomness is a function of (seed, stream, iteration, micro-step). Nothing of it needs saving, and a
 # micro-batch is the same whichever rank draws it: rank r of W runs the micro-steps r, r + W, r + 2 W …
-STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3, 'epoch': 4}
+STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3, 'epoch': 4, 'sample': 5}
 
 
 def rng(stream, iteration, micro_step=0):
@@ -363,7 +413,7 @@ prepare_command = (
 def check_data_files():
     """Raises UserError if a file of the data is missing, with what there is instead."""
     names = {'train.bin', 'val.bin'}
-    template_names = {'train.mask', 'val.mask', 'template.txt'}
+    template_names = {'train.mask', 'val.mask', 'template.txt'}  # all three, or none
     there = {path.name for path in data_dir.glob('*')}
     if there & template_names:
         names |= template_names
@@ -410,7 +460,7 @@ def make_model():
     """The model of the checkpoint, or a new one, or the one that init_from names."""
     if resume_path:
         model = GPT.from_checkpoint(checkpoint, dropout)
-        if 'tokenizer' not in checkpoint:  # nanoGPT's have none
+        if 'tokenizer' not in checkpoint:  # nanoGPT's have none: it is that of the data
             model.tokenizer_source = tokenizer_spec
     elif init_from == 'scratch':
         sizes = dict(block_size=block_size, vocab_size=new_vocab_size())
@@ -482,7 +532,7 @@ def check_moments(optim):
             moment = moments[name][: p.size(0)]
             if moment.shape != p.shape:
                 raise ValueError("moments have another shape")
-            # Fused AdamW ignores strides, which a file may have set as it likes.
+            # Fused AdamW takes tensors for contiguous, and a file may hold others.
             moments[name] = moment.clone(memory_format=torch.contiguous_format)
 
 
@@ -516,6 +566,7 @@ class State:
     iter_num: int = 0  # the iteration that comes next
     best_val_loss: float = math.inf
     tokens: int = 0  # that training has read so far
+    smoothed_loss: float | None = None  # what the bar shows, see Log.smooth; None before the first log line
 
 
 state = State()
@@ -523,6 +574,7 @@ if resume_path:
     state.iter_num = checkpoint['iter_num']
     state.best_val_loss = checkpoint['best_val_loss']  # read_checkpoint has made a float of nanoGPT's tensor
     state.tokens = checkpoint.get('tokens', state.iter_num * tokens_per_iter)  # nanoGPT's have none
+    state.smoothed_loss = checkpoint.get('smoothed_loss')
 first_iter = state.iter_num  # of this process
 
 
@@ -612,6 +664,50 @@ best_starts_anew = resume_path is not None and (data_changed or context_was_crop
 if best_starts_anew:
     state.best_val_loss = math.inf
 eval_batches = eval_iters or math.ceil((val_count - 1) / (batch_size * block_size))
+
+
+def tokenizer_for_samples():
+    """The tokenizer for the texts that evaluations write, on rank 0; None where there are to be none."""
+    if not (sample_tokens and saving and master_process):
+        return None
+    if needs_download(tokenizer_spec):
+        say("no samples while it trains: GPT-2's BPE files are not here; `python sample.py` downloads them")
+        return None
+    # The meta.pkl of some data sets only counts its tokens: that is a UserError of data/tokenizer.py, whose
+    # base is ValueError. Where a meta.pkl was lost, a model may be smaller than GPT-2's tokenizer.
+    with suppress(ValueError):
+        tokenizer = Tokenizer(tokenizer_spec)
+        if tokenizer.bos < vocab_size:
+            return tokenizer
+    return None
+
+
+sample_tokenizer = tokenizer_for_samples()
+
+
+# A terminal obeys these, and an untrained model may write any. The tab is left out.
+CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(10, 32), *range(127, 160)], '\ufffd')
+
+
+def sample_text():
+    """What the model writes now: a text of sample_tokens tokens, or shorter if it ends there. None where
+    there is no tokenizer for it.
+
+    Its random numbers are the same every time, so that the texts of a run differ by its training alone."""
+    if sample_tokenizer is None:
+        return None
+    draws = rng('sample', 0).random((1, sample_tokens), dtype=np.float32)
+    prompt = torch.tensor([[sample_tokenizer.bos]], device=device)
+    settings = dict(temperature=0.8, top_k=200, vocab_size=sample_tokenizer.vocab_size)  # as sample.py's
+    ids = []
+    model.eval()
+    for token in model.stream(prompt, sample_tokens, draws=torch.from_numpy(draws).to(device), **settings):
+        if stop_requested or token.item() == sample_tokenizer.eot:
+            break
+        ids.append(token.item())
+    model.train()
+    return sample_tokenizer.decode(ids)
+
 
 # An epoch has one block fewer than would fit, so that its blocks can begin at a random offset. So over many
 # epochs a token is seen at every position of a block.
@@ -709,11 +805,11 @@ def get_lr(iteration):
     return min_lr + factor * (learning_rate - min_lr)
 
 
-# ---------- The log ----------
+# ---------- The files of the run in out_dir ----------
 def set_aside_earlier_run():
     """Renames the files of an earlier run in out_dir to NAME.old, and says what they are."""
-    # All second names are made before the first name goes. They go in this order: a kill leaves a run that
-    # can be resumed as long as ckpt.pt or last.pt is there, and after that a folder with .old files only.
+    # keep_as_old gives every file a second name (a hard link), and then the first names go, in this order. A
+    # kill leaves a run that can be resumed as long as ckpt.pt or last.pt is there, and then only .old files.
     old_names = keep_as_old([*kept_checkpoints(), ckpt_path, last_path, metrics_path])
     for name in old_names:
         os.unlink(name)
@@ -733,7 +829,7 @@ def set_aside_earlier_run():
 def begin_metrics():
     """Cuts metrics.jsonl off where this process begins, and adds a line with the settings.
 
-    An evaluation at this very iteration goes too. Where a run without a stop has one, it comes again."""
+    An evaluation at this very iteration goes too, because it is run again."""
     lines = []
     if os.path.exists(metrics_path):
         for line in Path(metrics_path).read_bytes().splitlines():
@@ -761,18 +857,19 @@ def claim_out_dir():
     if resume_path is None:
         set_aside_earlier_run()
     elif best_starts_anew:
-        # The run goes on from these files, and its saves replace them: they only get second names.
+        # The first names stay: the run goes on from these files, and its saves replace them.
         old_names = keep_as_old([*kept_checkpoints(), ckpt_path, last_path])
         say(f"kept: {', '.join(old_names.values())}")
     begin_metrics()
 
 
+# ---------- The log ----------
 def perplexity(loss):
     """The loss of all of val.bin as papers give it: per token, and per word where prepare.py counted them."""
     counts = {'token': val_targets}
     with suppress(OSError, ValueError, KeyError, TypeError):
         counts['word'] = int(json.loads((data_dir / 'words.json').read_text())['val'])
-    nats = loss * counts['token']
+    nats = loss * counts['token']  # of all of val.bin
     texts = [f"{np.exp(nats / count):.2f} per {unit} ({count:,})" for unit, count in counts.items()]
     return f"val.bin once through: perplexity {', '.join(texts)}"
 
@@ -799,20 +896,30 @@ def check_finite(finite, what):
         raise UserError(f"iteration {state.iter_num}: {what} is not finite. {way_back()}")
 
 
-def hours_minutes_seconds(seconds):
-    """5025 -> 1:23:45."""
+def duration(seconds):
+    """The two largest units: 56 -> '0m56s', 5025 -> '1h23m', 600000 -> '6d22h'."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
 class Log:
-    """What a run tells as it goes: lines, a progress bar below them, metrics.jsonl, and Weights & Biases."""
+    """What a run tells as it goes: lines, a progress bar below them, metrics.jsonl, a picture, and Weights &
+    Biases."""
 
     def __init__(self):
         self.bar = tqdm(disable=True)  # start opens it
         self.wandb_run = None
         self.wandb_id = checkpoint.get('wandb_id')
         self.timings = []  # seconds per iteration, one for each log line
+        self.clock = self.first_clock = 0.0  # when the last log line came, and when training began
+        self.clock_iter = first_iter  # the iterations that were done then
+        self.eval_began = 0.0  # when the last evaluation began
+        self.eval_seconds = 0.0  # what it took
+        self.drawn_at = time.perf_counter()  # when the last picture was begun
 
     def start(self):
         """Opens the progress bar, where training begins."""
@@ -821,19 +928,39 @@ class Log:
             initial=first_iter,
             leave=False,
             dynamic_ncols=True,
-            disable=True if eval_only else no_bar,
+            miniters=0,  # so that it is drawn anew when only its text has changed
+            disable=None if master_process else True,  # None shows a bar, but on terminals only
             bar_format='{n_fmt}/{total_fmt} {bar:20} {desc}',
         )
         self.start_clock()
 
     def start_clock(self):
         """Times training from here on. Called again after everything that is not training."""
-        self.bar.update(state.iter_num - self.bar.n)
         self.clock = time.perf_counter()
         self.clock_iter = state.iter_num
         if self.clock_iter == first_iter:
             # The time left counts from here, behind the first evaluation, and so includes the later ones.
             self.first_clock = self.clock
+
+    def show(self, stage, number, total):
+        """Moves the bar within an iteration or an evaluation, whose micro-batches are counted."""
+        texts = []
+        if state.smoothed_loss is not None:
+            texts.append(f"smoothed loss {state.smoothed_loss:.4f}")
+        if total > 1:
+            texts.append(f"{stage} {number}/{total}")
+        self.bar.set_description_str(', '.join(texts), refresh=False)
+        self.bar.update(state.iter_num - self.bar.n)  # it is drawn anew for its text too, ten times a second
+
+    def smooth(self, loss):
+        """Takes a loss into state.smoothed_loss, a mean in which its weight halves every 5 log lines.
+
+        The first losses have no others behind them. This is corrected as Adam corrects its means."""
+        decay = 0.5**0.2
+        count = state.iter_num // log_interval + 1  # of log lines so far
+        if state.smoothed_loss is None:
+            state.smoothed_loss = loss
+        state.smoothed_loss += (loss - state.smoothed_loss) * (1 - decay) / (1 - decay**count)
 
     def step(self, loss, grad_norm):
         """An iteration's log line and record. The time left follows from the mean speed of this process."""
@@ -841,44 +968,101 @@ class Log:
         done = state.iter_num + 1
         seconds = (now - self.clock) / (done - self.clock_iter)
         seconds_left = (now - self.first_clock) / (done - first_iter) * (max_iters - done)
+        tokens_per_second = tokens_per_iter / seconds
         sequences = tokens_per_iter / block_size / world_size  # of one process
         mfu = model.estimate_mfu(sequences, seconds, peak_flops)
-        mfu_text = 'n/a' if mfu is None else f'{mfu:.2%}'
-        speed = f"{tokens_per_iter / seconds:,.0f} tok/s, {hours_minutes_seconds(seconds_left)} left"
-
-        self.bar.set_description_str(f"loss {loss:.4f}, {speed}", refresh=False)
+        mfu_text = '' if mfu is None else f"mfu {mfu:.2%}, "
         say(
-            f"iter {state.iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu_text}, {speed}, "
-            f"{peak_memory():.2f} GB"
+            f"iter {state.iter_num}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {mfu_text}"
+            f"{tqdm.format_sizeof(tokens_per_second)} tok/s, {duration(seconds_left)} left"
         )
-        timing = {'ms': seconds * 1000, 'tokens_per_second': tokens_per_iter / seconds, 'mfu': mfu}
+
+        self.smooth(loss)
+        losses = {'loss': loss, 'smoothed_loss': state.smoothed_loss}
+        timing = {'ms': seconds * 1000, 'tokens_per_second': tokens_per_second, 'mfu': mfu}
         if not math.isfinite(grad_norm):
             grad_norm = None  # in float16, where the scaler skips such a step; JSON has no word for it
-        self.record('train', loss=loss, grad_norm=grad_norm, **timing)
+        self.record('train', **losses, grad_norm=grad_norm, **timing)
         self.timings.append(seconds)
-        if len(self.timings) == 2:  # the first iteration of a process is slower than the others
-            self.announce_checkpoints(seconds)
-        self.bar.update(done - self.bar.n)
+        if len(self.timings) == 2 and saving:  # the first is no measure: everything is slower there
+            self.announce_times(seconds)
         self.clock = now
         self.clock_iter = done
 
-    def announce_checkpoints(self, seconds_per_iter):
-        """Says how far checkpoints are apart if that is more than some minutes."""
+    def announce_times(self, seconds_per_iter):
+        """Says how long the run takes if that is more than an hour, and how far checkpoints are apart if that
+        is more than some minutes."""
+        iterations = max_iters - state.iter_num
+        evaluations = self.eval_seconds * (iterations // eval_interval)
+        seconds = iterations * seconds_per_iter + evaluations
+        if seconds > 3600:
+            say(
+                f"the run takes about {duration(seconds)}, its evaluations {duration(evaluations)} of that: "
+                "--max_iters and a smaller model shorten it, --eval_iters and --eval_interval these"
+            )
         interval = min(eval_interval, checkpoint_interval or eval_interval, max_iters)
         seconds = interval * seconds_per_iter
-        if saving and seconds > 300:
+        if seconds > 300:
             say(
-                f"a checkpoint comes every {interval} iterations, {hours_minutes_seconds(seconds)} apart: "
+                f"a checkpoint comes every {interval} iterations, {duration(seconds)} apart: "
                 "--checkpoint_interval saves more often, and Ctrl-C saves and leaves"
             )
 
+    def evaluating(self, stream, number):
+        """Moves the bar before an evaluation's micro-batch. Says after three whether they take an hour."""
+        self.show(stream, number + 1, eval_batches)
+        if stream == 'eval-train' and number == 3 * world_size:
+            seconds = (time.perf_counter() - self.eval_began) / number * eval_batches * 2  # for both splits
+            if seconds > 3600:
+                fewer = math.ceil(eval_batches * 600 / seconds)
+                say(f"an evaluation takes {duration(seconds)}: --eval_iters={fewer} makes it ten minutes")
+
     def evaluation(self, train_loss, val_loss):
-        """An evaluation's log line and record. A loss that is not finite ends the run."""
-        say(f"step {state.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        """An evaluation's log line, text and record. A loss that is not finite ends the run."""
+        self.eval_seconds = time.perf_counter() - self.eval_began
+        peak = peak_memory()
+        memory = f", peak {peak:.2f} GB" if peak else ''
+        say(f"step {state.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{memory}")
         if eval_iters is None:
             say(perplexity(val_loss))
         check_finite(math.isfinite(train_loss + val_loss), "the loss")
-        self.record('eval', **{'train/loss': train_loss, 'val/loss': val_loss})
+
+        # The logits of a new model vary a little, and half of their variance adds to the loss.
+        expected = math.log(vocab_size) + 0.5 * 0.02**2 * n_embd
+        if init_from == 'scratch' and state.iter_num == 0 and abs(val_loss - expected) > 0.5:
+            say(f"a new model should have a loss near ln(vocabulary) = {expected:.2f}: is its start right?")
+
+        values = {'train/loss': train_loss, 'val/loss': val_loss}
+        text = sample_text()
+        if text:
+            say('\n'.join(f"  {line.translate(CONTROL_CHARACTERS)}" for line in text.splitlines()))
+            values['sample'] = text
+        self.record('eval', **values)
+        if state.iter_num < max_iters:  # the last picture is report_end's
+            self.draw()
+
+    def draw(self, is_last=False):
+        """Draws the picture of the run, at most once a minute, and at its end, where a line names it.
+
+        assets/plot.py does so in a process of its own. Nobody waits for it before the end, and a failure is
+        a line there."""
+        script = ROOT / 'assets' / 'plot.py'
+        can_draw = master_process and saving and script.exists()
+        was_drawn = time.perf_counter() - self.drawn_at < 60
+        if not can_draw or (was_drawn and not is_last):
+            return
+        self.drawn_at = time.perf_counter()
+        silent = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
+        drawn = False
+        with suppress(OSError, subprocess.TimeoutExpired):  # no memory for a process, or no time for it
+            # Ctrl-C does not reach it in a session of its own.
+            process = subprocess.Popen([sys.executable, script, out_dir], start_new_session=True, **silent)
+            drawn = is_last and process.wait(timeout=120) == 0
+        if drawn:
+            say(f"its curves: {os.path.join(out_dir, 'loss.png')}")
+        elif is_last:
+            command = shlex.join(['python', os.path.join(project, 'assets', 'plot.py'), out_dir])
+            say(f"its curves are not drawn: {command}")
 
     def record(self, kind, **values):
         """Adds a line to metrics.jsonl, of kind 'train' or 'eval', and the same to wandb."""
@@ -942,6 +1126,7 @@ def excepthook(kind, error, trace):
 sys.excepthook = excepthook
 
 
+# ---------- The first lines of a run ----------
 def announce():
     """The first lines of a run: what it is, what differs from its checkpoint, and what may be a mistake."""
     say(f"tokens per iteration will be: {tokens_per_iter:,}")
@@ -971,9 +1156,8 @@ def announce():
     if not saving:
         return
     say(
-        f"data/{dataset}: {train_count:,} tokens to train on, "
-        f"{max_iters * tokens_per_iter / train_count:.2f} epochs in {max_iters:,} iterations; "
-        f"{val_count:,} to validate on"
+        f"data/{dataset}: {train_count:,} tokens to train on, {val_count:,} to validate on\n"
+        f"{max_iters:,} iterations are {max_iters * tokens_per_iter / train_count:,.2f} epochs"
     )
     if has_mask:
         say(f"of these, {train_targets:,} and {val_targets:,} count in the loss: train.mask, val.mask")
@@ -983,6 +1167,17 @@ def announce():
         say(f"the run never leaves its warm-up: warmup_iters {warmup_iters}, max_iters {max_iters}")
     elif decay_lr and lr_decay_iters < max_iters:
         say(f"lr_decay_iters {lr_decay_iters} is before max_iters {max_iters}: the rest runs at min_lr")
+    elif decay_lr and lr_decay_iters > max_iters:
+        say(
+            f"lr_decay_iters {lr_decay_iters} is behind max_iters {max_iters}: the learning rate ends at "
+            f"{get_lr(max_iters - 1):.2g}, not at min_lr; usually --lr_decay_iters={max_iters}"
+        )
+    in_blocks = 12 * n_layer * n_embd**2
+    if init_from == 'scratch' and in_blocks > 80 * train_count:
+        say(
+            f"{in_blocks / 1e6:.2f}M parameters for {train_count:,} tokens: it will know them by heart; "
+            "a smaller one (--n_layer, --n_embd) or more text is better"
+        )
 
 
 announce()
@@ -1018,8 +1213,9 @@ def wrap_in_ddp():
         found = f"checkpoints of iterations {min(iterations)} and {max(iterations)} were found"
         raise UserError(f"{found}: {out_dir} must be one shared folder")
 
-    # DDP sorts the gradients into new buckets after the first backward pass of a process, and with three
-    # ranks another order of sums is another rounding. A pass is spent here, so a resumed run keeps its bits.
+    # The first backward pass of a process makes DDP sort the gradients into other buckets, and with three
+    # ranks another order of sums is another rounding. It is spent here, before training: so new and resumed
+    # runs sum alike.
     ddp_model = DistributedDataParallel(model)
     spend_a_pass(ddp_model)
     return ddp_model
@@ -1033,7 +1229,7 @@ if compile:
     say(problem or "compiled")
 if distributed:
     dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
-    cpu_group = dist.new_group(backend='gloo', timeout=timedelta(seconds=dist_timeout))
+    cpu_group = dist.new_group(backend='gloo', timeout=timedelta(seconds=dist_timeout))  # for votes
 ddp_model = wrap_in_ddp() if distributed else model
 
 
@@ -1050,22 +1246,23 @@ def any_rank_stops():
 def estimate_loss():
     """Mean losses (train, val) over the same micro-batches every time, or None if a stop was requested.
 
-    The ranks take the micro-batches in turn. All run the same number of rounds, so the last round may have
-    micro-batches that are too many: they are run, but not counted."""
+    The ranks take the micro-batches in turn. In what they do there, no rank waits for another."""
     model.eval()
+    log.eval_began = time.perf_counter()
     losses = torch.zeros(2, device=device)  # sums for train and val
     counts = torch.zeros(2, device=device)
-    rounds = math.ceil(eval_batches / world_size)
     for split, stream in enumerate(('eval-train', 'eval-val')):
-        for k in tqdm(range(rank, rounds * world_size, world_size), stream, leave=False, disable=no_bar):
+        for k in range(rank, eval_batches, world_size):
             if stop_requested:
                 break
+            log.evaluating(stream, k)
             X, Y = get_batch(stream, 0, k)
             loss = loss_of(model, X, Y)
-            if k < eval_batches:
-                share = (Y >= 0).float().mean()  # below 1 with a mask, and at the end of a val.bin in order
-                losses[split] += loss * share
-                counts[split] += share
+            share = (
+                (Y >= 0).float().mean()
+            )  # of targets that count; below 1 with a mask, or at the end of val.bin
+            losses[split] += loss * share
+            counts[split] += share
     model.train()
 
     if any_rank_stops():
@@ -1079,7 +1276,8 @@ def estimate_loss():
 
 
 def has_exploded(train_loss, val_loss):
-    """Whether both losses are far above the best. Overfitting raises one of them, and noise is smaller."""
+    """Whether both losses are far above the best, which is infinite at first. Overfitting raises one of them,
+    and noise is smaller."""
     exploded = min(train_loss, val_loss) > state.best_val_loss + 0.5
     if exploded and saving:
         say(f"iteration {state.iter_num}: the loss has exploded, and nothing is saved. {way_back()}")
@@ -1101,6 +1299,7 @@ def train_step(iteration):
     for group in optim.param_groups:
         group['lr'] = get_lr(iteration)
     for micro_step in range(rank, gradient_accumulation_steps, world_size):
+        log.show('micro-step', micro_step + 1, gradient_accumulation_steps)
         X, Y = get_batch('train', iteration, micro_step)
         is_last = micro_step + world_size >= gradient_accumulation_steps
         following = (iteration + 1, rank) if is_last else (iteration, micro_step + world_size)
@@ -1113,10 +1312,10 @@ def train_step(iteration):
         loss_sum += loss.detach() * shares[micro_step]
         get_batch('train', *following)  # into its cache, while the device works
         if stop_requested and not distributed:
-            return None, None  # the gradients so far are dropped
+            return None, None  # nobody reads the gradients so far
 
-    # DDP has averaged the gradients over the ranks, but the mean over all micro-steps is their sum. (Losses
-    # times world_size would be the same, and overflow float16 sooner.)
+    # DDP gives the mean over the ranks, and the mean over all micro-steps is the sum. (Losses times
+    # world_size would give the same, and overflow float16 sooner.)
     if distributed:
         for p in model.parameters():
             if p.grad is not None:
@@ -1140,9 +1339,7 @@ def report_profile(profiler):
 
 # ---------- Saving ----------
 def needs_saving(path):
-    """Whether this iteration is neither in ckpt.pt nor in `path`. A model without a step is not saved.
-
-    An iteration that is in ckpt.pt needs no last.pt. One that is in last.pt may be wanted in ckpt.pt too."""
+    """Whether there is a step to save that neither ckpt.pt nor `path` holds."""
     held = (saved_iter.get(ckpt_path), saved_iter.get(path))
     return saving and state.iter_num > 0 and state.iter_num not in held
 
@@ -1150,7 +1347,7 @@ def needs_saving(path):
 def save_checkpoint(path):
     """Writes all of the run to ckpt.pt or last.pt."""
     check_finite(all(p.isfinite().all() for p in model.parameters()), "a weight")
-    saved_iter[path] = state.iter_num
+    saved_iter[path] = state.iter_num  # on all ranks, which decide alike
     if path == ckpt_path:
         saved_iter.pop(last_path, None)
     if not master_process:
@@ -1164,6 +1361,7 @@ def save_checkpoint(path):
         'iter_num': state.iter_num,
         'best_val_loss': torch.tensor(state.best_val_loss),  # as in nanoGPT's
         'tokens': state.tokens,
+        'smoothed_loss': state.smoothed_loss,
         'config': config,
         'scaler': scaler.state_dict(),
         'tokenizer': tokenizer_spec,
@@ -1183,6 +1381,8 @@ def save_checkpoint(path):
 
 def report_stop():
     """The last line of a run that was stopped."""
+    if stop_requested == signal.SIGINT and not distributed:
+        answered.wait(timeout=1)  # so that its line is the last
     if state.iter_num == 0 or not saving:
         rest = "nothing was learned, nothing is saved"
     elif exploded:
@@ -1202,6 +1402,7 @@ def report_end(val_loss):
     if always_save_checkpoint and ckpt_is_last and val_loss > state.best_val_loss:
         best += f"; {ckpt_path} is the last, of {val_loss:.4f}: always_save_checkpoint=False keeps the best"
     say(best)
+    log.draw(is_last=True)
     chat = ' --chat=True' if template else ''
     say(f"sample from it: {sample_command}{chat}")
 
@@ -1209,13 +1410,19 @@ def report_end(val_loss):
 # ---------- The loop ----------
 # A closed terminal sends SIGHUP, and Slurm what it is told to, SIGUSR1 for example; Windows lacks both. What
 # the process was started to ignore stays ignored: nohup ignores SIGHUP, and a shell's `&` SIGINT.
+earlier_handlers = {}
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-        signal.signal(number, request_stop)
+        earlier_handlers[number] = signal.signal(number, request_stop)
+if not distributed:  # torchrun answers by itself, and sends each rank the first Ctrl-C twice
+    arrived, written_to = socket.socketpair()
+    written_to.setblocking(False)
+    earlier_wakeup = signal.set_wakeup_fd(written_to.fileno())
+    Thread(target=answer_ctrl_c, args=(arrived,), daemon=True).start()
 if wandb_log and master_process and saving:
     log.start_wandb()
-checkpoint.clear()  # frees its memory
+checkpoint.clear()  # frees its memory; nothing below reads it
 profiled_iter = min(first_iter + 7, max_iters - 1)  # when everything is warm
 exploded = False  # whether the last evaluation said so; until the next one nothing is saved then
 log.start()
@@ -1290,10 +1497,17 @@ if not has_data and master_process and log.timings:
     }
     say(json.dumps(result))
 
-del folder_lock  # a notebook goes on, and may start another run
+del folder_lock  # unlocks out_dir: a notebook goes on, and may start another run
 if distributed:
     dist.barrier()  # until the last checkpoint is saved
     dist.destroy_process_group()
 log.to_wandb('finish')  # it may take its time: no rank waits any more
 if distributed:
     os._exit(0)  # gloo's threads abort one teardown of the interpreter in twelve
+
+signal.set_wakeup_fd(earlier_wakeup)
+written_to.close()
+for number, handler in earlier_handlers.items():
+    signal.signal(number, handler)
+if stopping and stop_requested == signal.SIGINT:
+    raise KeyboardInterrupt  # prints nothing, but a shell that runs a loop of runs ends it as well

@@ -5,7 +5,7 @@
 out_dir = 'out-python-char'
 eval_interval = 500
 eval_iters = 50
-log_interval = 50
+log_interval = 10
 
 dataset = 'python_char'
 gradient_accumulation_steps = 1

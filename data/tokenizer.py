@@ -28,9 +28,12 @@ characters like any other, as training data need it.
 A template says how a document is made of texts, and which of its tokens count in the loss: see "Templates".
 """
 
+import hashlib
 import json
+import os
 import pickle
 import re
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -262,6 +265,21 @@ def Tokenizer(spec, ordinary=False):
     if spec['kind'] == 'bpe':
         return TrainedBPE(spec, ordinary)
     return GPT2BPE(ordinary)
+
+
+def needs_download(spec):
+    """Returns whether Tokenizer(spec) would have to download GPT-2's two files."""
+    if spec['kind'] != 'gpt2':
+        return False
+    # tiktoken keeps them in one of these folders, named by a hash of the address.
+    folder = os.environ.get('DATA_GYM_CACHE_DIR', os.path.join(tempfile.gettempdir(), 'data-gym-cache'))
+    folder = os.environ.get('TIKTOKEN_CACHE_DIR', folder)
+    addresses = [
+        f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
+        for name in ('vocab.bpe', 'encoder.json')
+    ]
+    names = [hashlib.sha1(address.encode()).hexdigest() for address in addresses]
+    return not all(os.path.exists(os.path.join(folder, name)) for name in names)
 
 
 # -----------------------------------------------------------------------------

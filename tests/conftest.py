@@ -72,6 +72,7 @@ SMALL = [
     '--gradient_accumulation_steps=2',
     '--eval_iters=2',
     '--eval_interval=5',
+    '--sample_tokens=0',
     '--max_iters=5',
     '--warmup_iters=0',
     '--learning_rate=1e-2',

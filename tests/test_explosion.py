@@ -48,7 +48,7 @@ def test_explosion(run, ruin, tmp_path):
     """
     script = ruin()
     out = run(script, *RUN, '--max_iters=20').stdout
-    assert re.search(r'^step 20: train loss [\d.]+, val loss [\d.]+$', out, re.M)
+    assert re.search(r'^step 20: train loss [\d.]+, val loss [\d.]+, peak [\d.]+ GB$', out, re.M)
     words = (
         'iteration 20: the loss has exploded, and nothing is saved. Go on from out/ckpt.pt of iteration 10'
     )
@@ -143,7 +143,7 @@ def test_another_yardstick(run, house, tmp_path, change):
     out = run('train.py', *resume, '--max_iters=22').stdout
     assert out.count('the best val loss starts anew: other data than') == 1
     best = re.search(r'^best val loss ([\d.]+)', out, re.M)[1]
-    assert 'exploded' not in out and re.search(f'^step 22: .* val loss {best}$', out, re.M)
+    assert 'exploded' not in out and re.search(f'^step 22: .* val loss {best}, ', out, re.M)
     found = contents(tmp_path / 'out')
     del old['metrics.jsonl']
     assert {name: found[f'{name}.old'] for name in old} == old and len(old) == 3

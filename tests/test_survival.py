@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MACHINE, PLACE, SMALL, children, wait_for
+from conftest import MACHINE, PLACE, ROOT, SMALL, children, wait_for
 from reference import points, read_wandb_runs
 
 slow = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_killed_and_resumed(run, start, tmp_path, dtype):
     assert_same_state(load(tmp_path / 'a'), load(tmp_path / 'b'))
     lines = metrics(tmp_path / 'a')
     assert lines == metrics(tmp_path / 'b') and len(lines) == 24 + 3
-    assert lines[1].keys() == {'kind', 'iter', 'loss', 'lr', 'grad_norm', 'tokens'}
+    assert lines[1].keys() == {'kind', 'iter', 'loss', 'smoothed_loss', 'lr', 'grad_norm', 'tokens'}
     assert lines[-1]['tokens'] == 24 * 4 * 4 * 16
 
 
@@ -189,7 +189,7 @@ def test_kills(run, start, tmp_path, request):
         process.kill()
         read += process.stdout.read()
         assert process.wait() == -signal.SIGKILL
-        printed = [int(i) for i in re.findall(r'^iter (\d+): .* GB$', read, re.M)]
+        printed = [int(i) for i in re.findall(r'^iter (\d+): .* left$', read, re.M)]
         saved = newest(out)['iter_num'] if (out / 'last.pt').exists() else 0
         assert saved >= printed[-1]  # iteration i is printed after the checkpoint that stands before it
         assert printed[0] == seen
@@ -209,8 +209,8 @@ def test_kills(run, start, tmp_path, request):
     'name', ['SIGINT', *(pytest.param(name, marks=slow) for name in ('SIGTERM', 'SIGHUP', 'SIGUSR1'))]
 )
 def test_polite_stop(run, start, tmp_path, name):
-    """The unfinished iteration is dropped, the state at its start saved, status 0. The command that is
-    printed goes on as it stands, bit for bit.
+    """The unfinished iteration is dropped, the state at its start saved. The command that is printed goes on
+    as it stands, bit for bit. The status is 0, but Ctrl-C ends a shell's loop of runs too.
     """
     how = [*SMALL, '--gradient_accumulation_steps=60', '--max_iters=4', '--eval_interval=4', '--dropout=0.2']
     number = getattr(signal, name)
@@ -221,7 +221,7 @@ def test_polite_stop(run, start, tmp_path, name):
     time.sleep(0.03)  # inside an iteration, which takes a sixth of a second
     process.send_signal(number)
     out = process.stdout.read()
-    assert process.wait() == 0
+    assert process.wait() == (-number if name == 'SIGINT' else 0)
     stopped, command = re.search(r'^stopped before iteration (\d): go on with `(.*)`\n\Z', out, re.M).groups()
     assert 1 < load(tmp_path / 'b b', 'last.pt')['iter_num'] == int(stopped) < 4
     assert names(tmp_path / 'b b') == {'last.pt', 'metrics.jsonl'}  # nothing was evaluated for it
@@ -332,18 +332,22 @@ def test_polite_stop_of_ranks(run, start, tmp_path):
 @posix
 @pytest.mark.parametrize('real', [False, pytest.param(True, marks=slow)])
 def test_second_interrupt_leaves_at_once(start, altered, real):
-    """A run that cannot heed the first Ctrl-C, here inside a step that takes a minute, ends at the second."""
+    """A run that cannot heed the first Ctrl-C, here inside a call of PyTorch that takes long, answers it at
+    once, and ends at the second.
+    """
     stuck = altered(
-        "import model, time\n"
-        "model.GPT.forward = lambda *a, **b: print('forward', flush=True) or time.sleep(60)"
+        "import model, torch\n"
+        "large = torch.ones(6000, 6000, dtype=torch.float64)\n"
+        "model.GPT.forward = lambda *a, **b: print('forward', flush=True) or large @ large"
     )
     process = start(*SMALL, script=stuck, real=real)
     wait_for(process, 'forward')
     process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.5)
+    wait_for(process, 'stopping after this micro-batch, again to quit')
+    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert (process.wait(20), process.stdout.read()) == (-signal.SIGINT, '')
+    assert (process.wait(20), process.stdout.read()) == (128 + signal.SIGINT, '\n')
+    assert time.monotonic() - began < 3
 
 
 @posix
@@ -384,14 +388,18 @@ def test_interrupt_while_importing(start, tmp_path, script, module):
 
 @posix
 @slow
-@pytest.mark.parametrize('delay', [0.2, 0.4, 0.8, 1.2, 1.6])
+@pytest.mark.parametrize('delay', [0.6, 0.9, 1.2, 1.6])
 def test_interrupt_at_any_time(start, tmp_path, delay):
-    """Ctrl-C so many seconds after the start, in the imports or behind them: no traceback, no file."""
+    """Ctrl-C so many seconds after the start, in the imports or behind them: no file, and no traceback but
+    Python's own of the few imports that stand above the keys.
+    """
     process = start(*SMALL, '--eval_iters=100000', real=True)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     out = process.stdout.read()
-    assert process.wait(20) in (-signal.SIGINT, 0) and 'Traceback' not in out
+    first_imports = (ROOT / 'train.py').read_text(encoding='utf-8').partition('\nROOT =')[0].count('\n')
+    lines = re.findall(r'train.py", line (\d+)', out)
+    assert process.wait(20) == -signal.SIGINT and all(int(line) <= first_imports + 1 for line in lines)
     assert {path.name for path in tmp_path.rglob('*') if path.is_file()} <= {'metrics.jsonl', '.lock'}
 
 
@@ -547,13 +555,16 @@ def test_new_run_that_never_saves(start, altered, run, tmp_path):
         "import os, time\nfsync = os.fsync\n"
         "os.fsync = lambda *a: print('fsync', flush=True) or time.sleep(60)"
     )
-    for signals in ([signal.SIGKILL], [signal.SIGINT, signal.SIGINT]):
+    for signals, status in (
+        ([signal.SIGKILL], -signal.SIGKILL),
+        ([signal.SIGINT, signal.SIGINT], 128 + signal.SIGINT),
+    ):
         process = start(*SMALL, '--seed=1', script=slow, real=True)
         wait_for(process, 'fsync')
         for number in signals:
             process.send_signal(number)
             time.sleep(0.3)
-        assert process.wait() == -signals[0] and 'Traceback' not in process.stdout.read()
+        assert process.wait() == status and 'Traceback' not in process.stdout.read()
         found = contents(tmp_path / 'out')
         assert 'ckpt.pt' not in found and all(found[f'{name}.old'] == old[name] for name in old)
         for how in ('resume', 'auto'):
