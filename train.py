@@ -1048,12 +1048,12 @@ class Log:
         a line there."""
         script = ROOT / 'assets' / 'plot.py'
         can_draw = master_process and saving and script.exists()
-        was_drawn = time.perf_counter() - self.drawn_at < 60
-        if not can_draw or (was_drawn and not is_last):
+        is_too_soon = time.perf_counter() - self.drawn_at < 60 and not is_last
+        if not can_draw or is_too_soon:
             return
         self.drawn_at = time.perf_counter()
         silent = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
-        drawn = False
+        drawn = False  # and waited for
         with suppress(OSError, subprocess.TimeoutExpired):  # no memory for a process, or no time for it
             # Ctrl-C does not reach it in a session of its own.
             process = subprocess.Popen([sys.executable, script, out_dir], start_new_session=True, **silent)
@@ -1258,9 +1258,8 @@ def estimate_loss():
             log.evaluating(stream, k)
             X, Y = get_batch(stream, 0, k)
             loss = loss_of(model, X, Y)
-            share = (
-                (Y >= 0).float().mean()
-            )  # of targets that count; below 1 with a mask, or at the end of val.bin
+            # The share of the targets that count is below 1 with a mask, and at the end of val.bin.
+            share = (Y >= 0).float().mean()
             losses[split] += loss * share
             counts[split] += share
     model.train()
@@ -1339,7 +1338,7 @@ def report_profile(profiler):
 
 # ---------- Saving ----------
 def needs_saving(path):
-    """Whether there is a step to save that neither ckpt.pt nor `path` holds."""
+    """Whether there is a step to save that neither ckpt.pt nor `path` holds yet."""
     held = (saved_iter.get(ckpt_path), saved_iter.get(path))
     return saving and state.iter_num > 0 and state.iter_num not in held
 
