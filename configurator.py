@@ -12,6 +12,7 @@ def configure(script):
     values of a checkpoint. Installs the excepthook that ends the script in one line for everything but a bug.
     """
     import builtins
+    import errno
     import os
     import re
     import signal
@@ -70,7 +71,7 @@ def configure(script):
             raise UserError(f"{takes}, not {value!r:.40}")
 
         # The keys of all scripts that hold paths: the shell does not expand the ~ of --out_dir=~/runs.
-        path_keys = ('out_dir', 'init_from', 'input', 'files', 'tokenizer', 'val')  # val may be a number
+        path_keys = ('out_dir', 'init_from', 'dataset', 'name', 'input', 'files', 'tokenizer', 'val')
         if key in path_keys and type(value) is str:
             return os.path.expanduser(value)
         return value
@@ -181,11 +182,13 @@ def configure(script):
             print(fill(text, 79, subsequent_indent=28 * ' ', break_on_hyphens=False))
 
     # ---------- How a script ends before its end ----------
-    # The keys tell which script this is, and so what its user can do when memory is short, and whether a line
-    # is due when Ctrl-C or a closed pipe (`| head`) has ended it. None means not a word.
+    # The keys tell which script this is, and so what its user can do when memory or a disk is full.
+    # `interrupted` is the line after Ctrl-C, `unread` that after a closed pipe (`| head`); None is no line.
     interrupted = None
     unread = None
+    make_room = "make room and run it again"
     if 'max_iters' in config:  # train.py
+        make_room = "make room and go on with --init_from=auto"
         less_memory = "halve --batch_size, double --gradient_accumulation_steps"
         unread = "nobody reads this run's output any more: go on with --init_from=auto"
     elif 'num_samples' in config:  # sample.py
@@ -195,19 +198,24 @@ def configure(script):
         interrupted = "interrupted: the data is not complete"
         unread = interrupted
 
-    local_rank = os.environ.get('LOCAL_RANK')  # set by torchrun
-    first_rank = local_rank in (None, '0')
+    # torchrun sets LOCAL_RANK. Some launchers set RANK alone: train.py refuses that, and one rank says so.
+    local_rank = os.environ.get('LOCAL_RANK') or os.environ.get('RANK')
+    first_rank = local_rank in (None, '', '0')
+
+    def what_failed(stdout):
+        """What to name in an error that names no file: stdout, if an empty line cannot be written there."""
+        try:
+            print(file=stdout, flush=True)
+        except OSError:
+            return 'stdout'
+        return 'cannot write'
 
     def excepthook(kind, error, trace):
         """Prints one line for everything but a bug, which gets its traceback. It imports nothing, so it knows
         our exceptions and PyTorch's by the names of their classes."""
         # At exit Python would try once more to write what stdout still holds to a full disk or a closed pipe.
+        stdout = sys.stdout
         sys.stdout = None
-
-        # On a full disk, torch.save raises an error of its own on top of the system's.
-        if kind is RuntimeError and isinstance(error.__context__, OSError):
-            error = error.__context__
-            kind = type(error)
         text = ' '.join(str(error).splitlines())
         user_error = any(base.__name__ == 'UserError' for base in kind.__mro__)
         out_of_memory = kind.__name__.endswith('MemoryError') or "can't allocate memory" in text
@@ -225,7 +233,9 @@ def configure(script):
         elif isinstance(error, OSError):
             line = text
             if error.strerror:
-                line = f"{error.filename or 'cannot write'}: {error.strerror}"
+                line = f"{error.filename or what_failed(stdout)}: {error.strerror}"
+            if error.errno == errno.ENOSPC and make_room:
+                line += f"; {make_room}"
         else:
             sys.__excepthook__(kind, error, trace)
             return
@@ -256,7 +266,7 @@ def configure(script):
 
     arguments = sys.argv[1:]
     if '--help' in arguments or '-h' in arguments:
-        unread = None  # a --help that is cut off has no consequence
+        unread = make_room = None  # a --help that is cut off has no consequence
         print_help()
         sys.exit()
 

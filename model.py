@@ -306,10 +306,11 @@ class GPT(nn.Module):
         """Moves the model to `device` and replaces its linear layers by faster modules. After that it can
         neither be trained nor saved. Raises UserError if dtype is none of torch's.
 
-        On a CPU, unless pack is False, each becomes a PackedLinear, in float32 if that is dtype, else in
-        float16. Elsewhere each becomes a HalfLinear, but for lm_head, whose outputs in a half precision would
-        tie, and in float32 all stay as they are. With bfloat16 on a CPU lm_head is packed and the others are
-        HalfLinear."""
+                             float32        float16        bfloat16
+            CPU with pack    PackedLinear   PackedLinear   HalfLinear, lm_head PackedLinear
+            all else         nn.Linear      HalfLinear     HalfLinear
+
+        In "all else" lm_head stays an nn.Linear, because logits in a half precision would tie."""
         if not isinstance(dtype, torch.dtype):
             raise UserError(f"for_sampling takes a dtype such as torch.float16, not {dtype!r}")
         self.eval().to(device)
@@ -387,7 +388,8 @@ class GPT(nn.Module):
         positions = torch.arange(block_size, device=idx.device)
         tokens = torch.cat((idx.expand(B, T), idx.new_zeros(B, max_new_tokens)), 1)  # (B, T + max_new_tokens)
 
-        # Token t - 1 is the newest, at position t - 1 - first. The window is full where that is block_size.
+        # Token t - 1 is the newest, at position t - 1 - first. The last position is block_size - 1, so the
+        # window is full once t - first is greater than block_size.
         first = max(0, T - block_size)  # the index of the token that stands at position 0
         for t in range(T, T + max_new_tokens):
             if t == T:
@@ -536,29 +538,37 @@ class GPT(nn.Module):
         )
         model = cls.from_weights(config, weights)
         model.template = getattr(hf, 'template', None)
-        if (folder / 'tokenizer.json').exists() or vocab_size < 50257:  # too few for GPT-2's own tokenizer
+        if model_type not in GPT2_SIZES:
             model.tokenizer_source = folder
         return model
 
-    def tokenizer(self):
-        """The model's Tokenizer (data/tokenizer.py). Raises UserError where its weights came without one."""
+    def tokenizer_spec(self):
+        """The spec of the model's Tokenizer (data/tokenizer.py). Raises UserError where its weights came
+        without one that fits."""
         from data.tokenizer import Tokenizer, read_tokenizer_spec  # here, so that model.py also works alone
 
-        source = self.tokenizer_source
-        vocab_size = self.config.vocab_size
-        where = f"put it into {source}"
-        spec = source
-        if isinstance(source, dict):
-            where = "set model.tokenizer_source to its folder"
-        else:
-            spec = read_tokenizer_spec(source)
+        spec = self.tokenizer_source
+        where = "set model.tokenizer_source to its folder"
+        if not isinstance(spec, dict):
+            where = f"put it into {spec}"
+            spec = read_tokenizer_spec(spec)
 
-        # GPT-2's tokenizer is assumed where there is no file, but it may be too large for the model.
-        if spec['kind'] != 'gpt2' or vocab_size >= 50257:
-            tokenizer = Tokenizer(spec)
-            if tokenizer.vocab_size <= vocab_size:
-                return tokenizer
-        raise UserError(f"{vocab_size} tokens, but no tokenizer.json or meta.pkl of that size: {where}")
+        # GPT-2's tokenizer is assumed where there is no file, but it may be too large for the model. Its size
+        # is known without its files.
+        tokens = 50257 if spec['kind'] == 'gpt2' else Tokenizer(spec).vocab_size
+        vocab_size = self.config.vocab_size
+        if tokens > vocab_size:
+            raise UserError(
+                f"{vocab_size} tokens, but no tokenizer.json or meta.pkl of that size "
+                f"(the one of kind {spec['kind']} has {tokens}): {where}"
+            )
+        return spec
+
+    def tokenizer(self):
+        """The model's Tokenizer. Raises UserError as tokenizer_spec does."""
+        from data.tokenizer import Tokenizer
+
+        return Tokenizer(self.tokenizer_spec())
 
     def save_pretrained(self, folder):
         """Writes the model and its tokenizer as a GPT-2 of transformers with the same logits. The vocabulary
@@ -568,14 +578,19 @@ class GPT(nn.Module):
             raise UserError("after for_sampling it is too late to save")
         from transformers import GPT2Config, GPT2LMHeadModel, logging
 
-        from data.tokenizer import CHAT_TEMPLATE, CONVERSATIONS, EOT, user_errors
+        from data.tokenizer import CHAT_TEMPLATE, CONVERSATIONS, user_errors
 
         logging.disable_progress_bar()
         tokenizer = self.tokenizer()
         hf_tokenizer = tokenizer.for_transformers()
         with user_errors("this tokenizer cannot be written for transformers"):
             compare_tokenizers(tokenizer, hf_tokenizer)
-        eot, vocab_size = hf_tokenizer.token_to_id(EOT), hf_tokenizer.get_vocab_size()
+        eot = hf_tokenizer.token_to_id(tokenizer.eot_text)
+        vocab_size = hf_tokenizer.get_vocab_size()
+        # Where only <|endoftext|> is added, a tokenizer.json is read with it, and characters without.
+        checkpoint_vocab_size = c.vocab_size
+        if tokenizer.kind == 'bpe':
+            checkpoint_vocab_size = max(c.vocab_size, vocab_size)
         hf_model = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocab_size,
@@ -591,11 +606,11 @@ class GPT(nn.Module):
                 bos_token_id=eot,
                 eos_token_id=eot,
                 activation_function='gelu' if c.activation == 'gelu' else 'gelu_pytorch_tanh',
-                checkpoint_vocab_size={vocab_size: c.vocab_size},
+                checkpoint_vocab_size={vocab_size: checkpoint_vocab_size},
                 template=self.template,
             )
         )
-        # Other tools need <|endoftext|>. Beside characters it is a token more, which must never be drawn.
+        # Other tools need an end token. Beside characters it is a token more, which must never be drawn.
         hf_model.generation_config.suppress_tokens = [eot] if tokenizer.eot is None else None
 
         # What a changed network has beside GPT-2's weights would be left out without a word. So the logits of
@@ -629,7 +644,7 @@ class GPT(nn.Module):
             'model_input_names': ['input_ids', 'attention_mask'],
             'model_max_length': c.block_size,
             'clean_up_tokenization_spaces': False,
-            **dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), EOT),
+            **dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), tokenizer.eot_text),
         }
         if self.template == CONVERSATIONS:
             tokenizer_config['chat_template'] = CHAT_TEMPLATE
@@ -638,16 +653,31 @@ class GPT(nn.Module):
 
         title = "# A GPT-2 from model.py"
         counted = f"answers in {self.template!r} count" if self.template else "every token counts"
+        command = shlex.join(['python', 'sample.py', f'--init_from={folder}'])
         card = [
             f"{title}, {self.get_num_params() / 1e6:.2f}M parameters",
             self.origin,
             f"In the loss {counted}.",
-            f"Use: AutoModelForCausalLM and AutoTokenizer, or `python sample.py --init_from={folder}`.",
+            f"Use: AutoModelForCausalLM and AutoTokenizer, or `{command}`.",
             f"Context: {c.block_size} tokens. Beyond them `generate` ends in transformers' own IndexError.",
         ]
         path = folder / 'README.md'
         if not path.exists() or path.read_bytes().startswith(title.encode()):
             path.write_text('\n'.join(card) + '\n', encoding='utf-8')
+
+
+def cached_gpt2(model_type):
+    """The folder in which the hub's cache has one of GPT2_SIZES; None if it is not there, or not whole."""
+    from huggingface_hub import try_to_load_from_cache
+
+    # The hub has renamed GPT-2. What was fetched under its old name stays there.
+    for name in (f'openai-community/{model_type}', model_type):
+        config = try_to_load_from_cache(name, 'config.json')
+        for file in ('model.safetensors', 'pytorch_model.bin'):
+            weights = try_to_load_from_cache(name, file)
+            if isinstance(config, str) and isinstance(weights, str):  # where it is no path, it is no file
+                return Path(weights).parent
+    return None
 
 
 def read_hf_gpt2(model_type):
@@ -668,8 +698,11 @@ def read_hf_gpt2(model_type):
         kind = architectures[0]
         if kind not in ('gpt2', 'GPT2Model', 'GPT2LMHeadModel'):
             raise UserError(f"{folder} holds a {kind}: model.py builds GPT-2's language model only")
+        source = folder
+        if hub:
+            source = cached_gpt2(model_type) or f'openai-community/{model_type}'
         hf_model, info = GPT2LMHeadModel.from_pretrained(
-            f'openai-community/{model_type}' if hub else folder,
+            source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

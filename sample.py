@@ -29,7 +29,7 @@ init_from = 'resume'  # resume (out_dir/ckpt.pt), gpt2 … gpt2-xl, or a folder 
 out_dir = 'out'  # where train.py put its checkpoint
 
 # what it is asked
-start = "\n"  # the prompt; FILE:path reads a file, - reads stdin, empty: <|endoftext|>
+start = "\n"  # the prompt; FILE:path is a file, - stdin, "ids:12 7 99" tokens, empty: <|endoftext|>
 chat = False  # answer each line that is typed or piped
 each_line = False  # answer each line of the prompt, in one line
 template: str | None = None  # how a line is asked, such as "Q: {question}\nA: {answer}"; None: as in training
@@ -54,6 +54,7 @@ exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # The configurator has left `config`, a dict of the keys, and `given_keys`, those that were given. It refuses
 # negative numbers and prints a UserError as one line. The imports take seconds: --help and most mistakes are
 # answered before.
+sys.path.insert(0, str(ROOT))  # `python -P` does not look beside the script
 import numpy as np
 import torch
 
@@ -75,8 +76,23 @@ if (chat or each_line) and compile:
     sys.exit("--compile=True is for samples: leave it off with --chat or --each_line")
 
 
+def read_ids():
+    """Returns the ids of --start=ids:12 7 99. Exits where the tokenizer has no such ids."""
+    words = start.removeprefix('ids:').replace(',', ' ').split()
+    known = {str(i): i for i in range(tokenizer.vocab_size)}
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        sys.exit(
+            f"--start={start:.60}: {' '.join(unknown)[:40] or 'nothing'} is no id from 0 to "
+            f"{tokenizer.vocab_size - 1}"
+        )
+    return [known[word] for word in words]
+
+
 def read_start():
     """Returns the text that --start stands for."""
+    if prompt_ids:
+        return tokenizer.decode(prompt_ids)
     if start.startswith('FILE:'):
         text = Path(start.removeprefix('FILE:')).expanduser().read_text(encoding='utf-8')
     elif start == '-':
@@ -87,11 +103,12 @@ def read_start():
             text = text.removesuffix('\n')
     else:
         text = unescape(start)
-    return text.encode(errors='replace').decode()  # for bytes of the command line that are not UTF-8
+    # Bytes of the command line that are not UTF-8 become question marks.
+    return text.encode(errors='replace').decode()
 
 
-# On a CPU, weights are packed, by default in float16: for_sampling below does that, and choose_device chooses
-# the dtype for it. Packed weights cannot be compiled. Elsewhere `pack` changes nothing.
+# On a CPU, for_sampling keeps the weights packed, for which choose_device prefers float16. Packed weights
+# cannot be compiled. Elsewhere `pack` changes nothing.
 pack = not compile
 device, dtype = choose_device(device, dtype, sampling=pack)
 model = GPT.from_checkpoint(out_dir) if init_from == 'resume' else GPT.from_pretrained(init_from)
@@ -100,6 +117,11 @@ tokenizer = model.tokenizer()
 
 sys.stdin = sys.stdin or open(os.devnull)  # the shell may have closed it
 at_terminal = sys.stdin.isatty()
+prompt_ids = read_ids() if start.startswith('ids:') else []
+if prompt_ids and each_line:
+    sys.exit(f"--start={start:.60}: ids are no lines to answer, leave --each_line off")
+if 'problem' in tokenizer.spec:  # of the meta.pkl, which had an alphabet that cannot be used
+    print(f"ids instead of a text: {tokenizer.spec['problem']}", file=sys.stderr)
 try:
     prompt_text = '' if chat else read_start()
 except UnicodeDecodeError as error:
@@ -128,20 +150,30 @@ def draws_of(samples):
     return torch.from_numpy(np.stack(draws)).to(device)
 
 
-def text_of(ids):
-    """Returns the text of new ids up to their end, and whether they have ended."""
+def text_of(before, ids_before, ids):
+    """Returns (text, ended): the text of ids, which follow the text `before` and its ids, up to end_token or
+    stop, and whether they have come to their end."""
     ended = len(ids) == max_new_tokens
     if end_token in ids:
         ids = ids[: ids.index(end_token)]
         ended = True
-    text = tokenizer.decode(ids)
+
+    # In many tokenizers the ids before decide whether a space stands between two texts, so all are decoded.
+    # Usually the result begins with the text before. A tokenizer may change that one, for example to small
+    # letters: then its own version is cut off.
+    text = tokenizer.decode([*ids_before, *ids])
+    if not text.startswith(before):
+        before = tokenizer.decode(ids_before)
+    text = text[len(before) :]
+
     if stop and stop in text:
         return text.partition(stop)[0], True
     if ended:
         return text, True
 
-    # The next token may complete a character, or what is the beginning of `stop`: that is not shown yet.
-    text = text.rstrip('\ufffd')
+    # What the next token may change is not shown yet: U+FFFD may be half of a character, and some decoders
+    # join " '" to the letters that come. The last characters may be the beginning of `stop`.
+    text = text.rstrip('\ufffd').removesuffix(" '")
     if stop:
         text = text[: max(0, len(text) - len(stop) + 1)]
     return text, False
@@ -170,8 +202,8 @@ def rows_that_fit(length):
 
 
 def new_tokens(prompt, first, cache):
-    """Yields the next token of each of the samples from `first` on that the cache has rows for, as a column
-    (rows, 1)."""
+    """Returns an iterator over the new tokens of one batch, columns (rows, 1). The batch has as many samples
+    as the cache has rows, and `first` is the number of the first one."""
     rows = cache[0].size(1)  # of (2, rows, n_head, length, head size)
     draws = draws_of(range(first, first + rows))
     idx = torch.tensor([prompt], device=device)  # (1, T)
@@ -199,18 +231,21 @@ def growing_samples(prompt, first, cache):
     columns = []
     for n, column in enumerate(new_tokens(prompt, first, cache), 1):
         columns.append(column)
-        is_time = stream or (may_end_early and n % 16 == 0)
-        if is_time or n in (1, max_new_tokens):  # 1 ends the prefill, which is timed
-            columns = [torch.cat(columns, dim=1)]  # one column of shape (rows, n)
+        # Reading the ids waits for the device. To see that all have ended, every 16th token is often enough.
+        reads_now = stream or (may_end_early and n % 16 == 0)
+        if reads_now or n in (1, max_new_tokens):  # 1 ends the prefill, which is timed
+            columns = [torch.cat(columns, dim=1)]  # (rows, n), so that each is joined only once
             yield columns[0].tolist()
 
 
 def print_samples():
     """Prints num_samples texts, drawn in as few batches of one size as memory allows, and their speed."""
-    # An empty prompt becomes bos: <|endoftext|>, or where no token is that, a newline. So the default prompt,
-    # a newline, is no prompt where the tokens are characters.
-    no_prompt = prompt_text == '\n' and tokenizer.kind == 'char'
-    prompt = tokenizer.encode('' if no_prompt else prompt_text) or [tokenizer.bos]
+    # An empty prompt becomes bos: <|endoftext|>, or where no token is that, a newline. The default prompt, a
+    # newline, becomes bos too where it may not be among the tokens: characters, or ids.
+    no_prompt = prompt_text == '\n' and tokenizer.kind in ('char', 'ids')
+    ids_before = prompt_ids or tokenizer.encode('' if no_prompt else prompt_text)  # of the text, or none
+    text_before = prompt_text if ids_before else ''
+    prompt = ids_before or [tokenizer.bos]  # what the model reads, at least one token
 
     # Attention on CUDA wants a cache whose length is a multiple of 64: else it pads its mask in every step.
     length = 64 * math.ceil(min(block_size, len(prompt) + max_new_tokens) / 64)
@@ -232,12 +267,12 @@ def print_samples():
         samples = min(rows, num_samples - first)
         for row in range(samples):
             printed = 0
-            while True:
-                text, ended = text_of(ids[row])
+            while True:  # after max_new_tokens every sample has ended
+                text, ended = text_of(text_before, ids_before, ids[row])
                 text = prompt_text + text
                 if stream or ended:
                     print(text[printed:], end='', flush=True)
-                    printed = len(text)
+                    printed = max(printed, len(text))  # the text may lose a last character for a while
                 if ended:
                     break
                 ids = next(growing)
@@ -258,22 +293,25 @@ def print_samples():
 # -----------------------------------------------------------------------------
 # Answers, one by one. A conversation is a list of turns, each the token ids of a question and its answer.
 
-plain_tokenizer = Tokenizer(tokenizer.spec, ordinary=True)  # for what people type
-cache = model.new_cache(1, block_size) if chat or each_line else None
+if chat or each_line:
+    plain_tokenizer = Tokenizer(tokenizer.spec, ordinary=True)  # for what people type
+    cache = model.new_cache(1, block_size)
 in_cache = []  # the ids whose keys and values stand in the cache
 
 
 def ask(turns, line):
-    """Adds a turn that begins with the question in `line`. Raises UserError for an unknown character."""
+    """Adds a turn that begins with the question in `line`. Returns its text as the model reads it. Raises
+    UserError for an unknown character."""
     question = template_prompt(template, line)
     if turns:
         question = f'\n{question}'  # as conversation_parts has it between turns
     ids = [int(i) for i in plain_tokenizer.encode(question)]  # it may return an array
 
-    # An answer that was cut short ends here, like the others. Plain characters have no token for it.
+    # If the last answer was cut short, its end is added now. Some tokenizers have no token for that.
     if turns and tokenizer.eot is not None and turns[-1][-1] != tokenizer.eot:
         turns[-1].append(tokenizer.eot)
     turns.append(ids)
+    return question
 
 
 def make_room(turns):
@@ -311,17 +349,18 @@ def next_token(turns, draw):
 
 def print_answer(turns, line, i):
     """Prints the answer to line i while it grows, without the white space around it."""
-    ask(turns, line)
+    question = ask(turns, line)
+    question_ids = [*turns[-1]]
     ids = []
     printed = 0
     for draw in draws_of([i]).view(-1, 1, 1):
         ids.append(next_token(turns, draw))
-        text, ended = text_of(ids)
+        text, ended = text_of(question, question_ids, ids)
         text = text.strip()
         if each_line:
             text = text.replace('\n', '\\n')
         print(text[printed:], end='', flush=True)
-        printed = len(text)
+        printed = max(printed, len(text))
         if ended:
             return
 

@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, lru_cache
 from pathlib import Path
-from threading import Event, RLock, Thread
+from threading import Event, RLock, Thread, Timer
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent
+earlier_excepthook = sys.excepthook  # which is put back at the end
 
 # -----------------------------------------------------------------------------
 # The keys and their defaults: GPT-2 124M on OpenWebText, half a million tokens an iteration.
@@ -55,7 +56,7 @@ wandb_project = 'owt'  # the project that it belongs to
 wandb_run_name = 'gpt2'  # the name of the run
 
 # data and batches
-dataset: str | None = 'openwebtext'  # a folder of data/; None: random tokens, for timing
+dataset: str | None = 'openwebtext'  # a folder of data/, or its whole path; None: random tokens, for timing
 sampler: Literal['random', 'epoch'] = 'random'  # windows at random places, or every block once an epoch
 gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all processes together
 batch_size = 12  # sequences per micro-batch
@@ -100,14 +101,22 @@ profile = False  # profile one iteration: a table, and out_dir/trace.json
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
 # These imports take seconds: --help and most mistakes are answered before.
+sys.path.insert(0, str(ROOT))  # `python -P` does not look beside the script
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.common import atomic_write, keep_as_old, link
-from data.tokenizer import Tokenizer, needs_download, one_line, read_tokenizer_spec, template_fields
+from data.common import atomic_write, check_bin, keep_as_old, link, naming
+from data.tokenizer import (
+    Tokenizer,
+    needs_download,
+    one_line,
+    read_tokenizer_spec,
+    same_texts,
+    template_fields,
+)
 from model import (
     GPT,
     GPTConfig,
@@ -119,17 +128,46 @@ from model import (
     read_checkpoint,
 )
 
+
 # ---------- The process: its place among the ranks, its files, what it prints, how it is stopped ----------
-distributed = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'}.issubset(os.environ)  # torchrun sets all three
-rank = int(os.environ['RANK']) if distributed else 0
-local_rank = int(os.environ['LOCAL_RANK']) if distributed else 0
-world_size = int(os.environ['WORLD_SIZE']) if distributed else 1
+def read_launcher():
+    """(rank, local rank, world size) as torchrun or another launcher has set them; None without a launcher.
+    Raises UserError if only a part is set: every process would then train the whole run alone."""
+    names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
+    # MASTER_ADDR and MASTER_PORT alone do not come from a launcher, and neither do Slurm's variables.
+    if not any(name in os.environ for name in names):
+        return None
+
+    # All of them are whole numbers within 16 bits, but for the address.
+    problems = []
+    for name in (*names, 'MASTER_PORT', 'MASTER_ADDR'):
+        value = os.environ.get(name)
+        if not value:
+            problems.append(f"no {name}")
+        elif name != 'MASTER_ADDR' and not (value.isdecimal() and int(value) < 65536):
+            problems.append(f"{name}={value:.40}")
+
+    # A complete environment is used, unless it contradicts itself.
+    if not problems:
+        rank, local_rank, world_size = (int(os.environ[name]) for name in names)
+        if rank < world_size:
+            return rank, local_rank, world_size
+        problems.append(f"RANK={rank} with WORLD_SIZE={world_size}")
+    raise UserError(
+        f"the environment has {', '.join(problems)}: start the ranks by torchrun, or set RANK, LOCAL_RANK (0 "
+        "where a machine has one rank), WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none for one process"
+    )
+
+
+launched = read_launcher()
+distributed = launched is not None
+rank, local_rank, world_size = launched or (0, 0, 1)
 master_process = rank == 0  # prints and saves
 
-# The settings of a checkpoint replace keys only further down. These stay right all the same: no checkpoint
-# has dataset=None, and out_dir and eval_only are never taken from one.
+# A checkpoint may replace keys further down, but nothing that is derived here: no checkpoint has
+# dataset=None, and out_dir and eval_only are never taken from one.
 has_data = dataset is not None
-saving = has_data and not eval_only  # whether this run leaves files
+saving = has_data and not eval_only  # whether this run writes checkpoints and metrics
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 last_path = os.path.join(out_dir, 'last.pt')
 metrics_path = os.path.join(out_dir, 'metrics.jsonl')
@@ -144,6 +182,7 @@ def say(text):
     if not master_process:
         return
     try:
+        # Only the handlers above the loop set stop_requested, and `log` exists by then.
         if stop_requested == signal.SIGINT and not log.bar.disable:
             print('\r\033[K', end='', file=sys.stderr, flush=True)  # erases the bar and the ^C behind it
         tqdm.write(text)
@@ -163,7 +202,7 @@ def request_stop(number, frame):
     stop_requested = number
 
 
-answered = Event()  # set when the first Ctrl-C has its answer
+answered = Event()  # set when the first Ctrl-C has its answer; report_stop waits for it
 
 
 def answer_ctrl_c(arrived):
@@ -179,7 +218,7 @@ def answer_ctrl_c(arrived):
         if presses == 2:
             print(file=sys.stderr)  # ends the line of the ^C that the terminal writes
             os._exit(128 + signal.SIGINT)
-        request_stop(signal.SIGINT, None)  # now: the handler itself may come later
+        request_stop(signal.SIGINT, None)  # at once, because the handler itself may come much later
         time.sleep(0.05)  # until the terminal has written its ^C, which say erases
         say("stopping after this micro-batch, again to quit")
         log.bar.close()
@@ -256,10 +295,9 @@ def newest_old_files():
     # The newest file by its age belongs to the run that was set aside last. Two may have one age: a file gets
     # its second name before it loses the first, so a kill in between leaves both, and the next new run gives
     # the same file a third name, .old1. Of these the greater number was given later.
-    order = {path: (os.path.getmtime(path), len(path.suffix), path.suffix) for path in old_checkpoints}
-    newest = max(old_checkpoints, key=order.get, default=None)
-    if newest is None:
+    if not old_checkpoints:
         return {}
+    newest = max(old_checkpoints, key=lambda path: (os.path.getmtime(path), len(path.suffix), path.suffix))
     ending = newest.suffix  # .old, or .old1 …
     old_paths = [*Path(out_dir).glob(f'*.pt{ending}'), *Path(out_dir).glob(f'metrics.jsonl{ending}')]
     return {str(path.with_suffix('')): str(path) for path in old_paths}
@@ -389,25 +427,38 @@ def peak_memory():
 
 # Randomness is a function of (seed, stream, iteration, micro-step). Nothing of it needs saving, and a
 # micro-batch is the same whichever rank draws it: rank r of W runs the micro-steps r, r + W, r + 2 W …
-STREAMS = {'train': 0, 'eval-train': 1, 'eval-val': 2, 'dropout': 3, 'epoch': 4, 'sample': 5}
+# A stream's number is its place, so new ones go to the end.
+STREAMS = ('train', 'eval-train', 'eval-val', 'dropout', 'epoch', 'sample')
 
 
 def rng(stream, iteration, micro_step=0):
-    return np.random.default_rng((seed, STREAMS[stream], iteration, micro_step))
+    return np.random.default_rng((seed, STREAMS.index(stream), iteration, micro_step))
 
 
 # ---------- The model, its optimizer, and the state of the run ----------
-data_dir = ROOT / 'data' / (dataset or '')
+# shown_data_dir is for messages, data_dir for reading. Path drops what stands before a whole path, so
+# --dataset=/data/mytext is itself in both.
+shown_data_dir = Path('data', dataset or '')
+data_dir = ROOT / shown_data_dir
 project = os.path.dirname(sys.argv[0])  # this folder as the user typed it, for commands that we print
-sample_command = f"python {shlex.join([os.path.join(project, 'sample.py'), f'--out_dir={out_dir}'])}"
-custom_command = f"python {os.path.join(project, 'data', 'custom', 'prepare.py')} --input=TEXT"
-# A script may make a data set below its own too, as python_qa's makes python_qa/source.
-own_scripts = [path for path in (data_dir / 'prepare.py', data_dir.parent / 'prepare.py') if path.exists()]
-prepare_command = (
-    f"python {os.path.join(project, own_scripts[0].relative_to(ROOT))}"
-    if own_scripts
-    else f"{custom_command} --name={dataset}"
-)
+
+
+def command_for(script, *arguments):
+    """The command that runs a script of this folder, quoted for the shell."""
+    return f"python {shlex.join([os.path.join(project, script), *arguments])}"
+
+
+sample_command = command_for('sample.py', f'--out_dir={out_dir}')
+
+# The script that makes a data set is in its folder, or in the one above: data/python_qa/prepare.py also makes
+# data/python_qa/source. Any other data set comes from data/custom/prepare.py.
+folders = (shown_data_dir, shown_data_dir.parent)
+own_scripts = [folder / 'prepare.py' for folder in folders if (ROOT / folder / 'prepare.py').exists()]
+custom_script = os.path.join('data', 'custom', 'prepare.py')
+if own_scripts:
+    prepare_command = command_for(own_scripts[0])
+else:
+    prepare_command = command_for(custom_script, '--input=TEXT', f'--name={dataset}')
 
 
 def check_data_files():
@@ -431,11 +482,19 @@ def check_data_files():
             f"`{sample_command}`"
         )
 
+    # The data sets of data/, prepared or not, are named.
     files = [path for path in ROOT.glob('data/*/*') if path.name in ('prepare.py', 'train.bin')]
     known = sorted({path.parent.name for path in files})
-    if data_dir.name in known:  # it was typed as --dataset=data/NAME
-        raise UserError(f"{problem}: --dataset={data_dir.name} is the name of a folder of data/")
-    raise UserError(f"{problem}: dataset {dataset!r} is none of {', '.join(known)}")
+    if data_dir.name in known:  # behind another folder, as in --dataset=data/NAME
+        hint = shlex.quote(f'--dataset={data_dir.name}')
+        raise UserError(f"{problem}: {hint} is the name of a folder of data/")
+    whole_path = os.path.abspath(dataset)
+    if os.path.exists(os.path.join(whole_path, 'train.bin')):
+        hint = shlex.quote(f'--dataset={whole_path}')
+        raise UserError(f"{problem}: {hint} is the whole path of that folder")
+    if os.path.isabs(dataset):
+        raise UserError(f"{problem}: run `{prepare_command}`")
+    raise UserError(f"{problem}: dataset {dataset!r} is none of {', '.join(known)}, and no whole path")
 
 
 if has_data:
@@ -478,15 +537,21 @@ model = make_model()
 
 def check_tokenizer():
     """Raises UserError if the data have other tokens than the model, with what to do."""
-    # Two tokenizers may come from different files and still be the same, as GPT-2's and that of an export.
-    if model.tokenizer_source == tokenizer_spec or model.tokenizer().reads_like(Tokenizer(tokenizer_spec)):
+    if model.tokenizer_source == tokenizer_spec:
         return
-    name = out_dir if resume_path else init_from  # prepare.py takes either
-    if model.tokenizer().kind == 'gpt2':
+    # Two tokenizers may come from different files and still be the same, as GPT-2's and that of an export.
+    model_spec = model.tokenizer_spec()
+    if same_texts(model_spec, tokenizer_spec):
+        return
+    # prepare.py takes the tokenizer's name, or the path of a model that has it.
+    if model_spec['kind'] == 'gpt2':
         name = 'gpt2'
+    else:
+        name = out_dir if resume_path else init_from
+    command = command_for(custom_script, '--input=TEXT', '--name=NAME', f'--tokenizer={name}')
     raise UserError(
         f"{data_dir} was prepared with another tokenizer than {resume_path or init_from}: "
-        f"`{custom_command} --name=NAME --tokenizer={name}` prepares a text with that one"
+        f"`{command}` prepares a text with that one"
     )
 
 
@@ -541,7 +606,7 @@ def make_optimizer():
     optim = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
     if not resume_path or eval_only:
         return optim
-    settings = [{key: group[key] for key in group if key != 'params'} for group in optim.param_groups]
+    settings = [dict(group) for group in optim.param_groups]
     try:
         # This takes the checkpoint's rates, betas and decay too, so those of the keys are put back.
         optim.load_state_dict(checkpoint['optimizer'])
@@ -579,13 +644,9 @@ first_iter = state.iter_num  # of this process
 
 
 # ---------- The data ----------
-def make_random_tokens():
-    """Tokens of no meaning, where the loop is only to be timed."""
+if not has_data:  # tokens of no meaning: the loop is only to be timed
     length = max(2**20, 2 * block_size)
-    return rng('train', 0).integers(min(vocab_size, 50257), size=length, dtype='<u2')
-
-
-random_tokens = None if has_data else make_random_tokens()
+    random_tokens = rng('train', 0).integers(min(vocab_size, 50257), size=length, dtype='<u2')
 
 
 def open_bin(split):
@@ -600,20 +661,22 @@ def open_mask(split):
     return np.memmap(data_dir / f'{split}.mask', dtype='u1', mode='r')
 
 
-def count_tokens(name):
-    """The length of a .bin file in tokens. Raises UserError if it is cut off or too short."""
+def count_tokens(split):
+    """The length of a .bin file in tokens. Raises UserError if it is of another format, cut off, or too
+    short."""
     if not has_data:
         return len(random_tokens)
-    path = data_dir / name
-    size = path.stat().st_size
-    if size % 2:
+    path = data_dir / f'{split}.bin'
+    check_bin(path, vocab_size, prepare_command=command_for(custom_script, f'--name={dataset}'))
+    count, rest = divmod(path.stat().st_size, 2)  # two bytes a token
+    if rest:
         raise UserError(f"{path} is cut off in the middle of a token: run `{prepare_command}` again")
-    if size // 2 <= block_size:
+    if count <= block_size:
         raise UserError(
-            f"{path} holds {size // 2} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
+            f"{path} holds {count} tokens, but a sequence takes block_size + 1 = {block_size + 1}: "
             "use a smaller --block_size or more text"
         )
-    return size // 2
+    return count
 
 
 def count_targets(split, token_count):
@@ -636,8 +699,8 @@ def count_targets(split, token_count):
     return int(count)
 
 
-train_count = count_tokens('train.bin')
-val_count = count_tokens('val.bin')
+train_count = count_tokens('train')
+val_count = count_tokens('val')
 train_targets = count_targets('train', train_count)
 val_targets = count_targets('val', val_count)
 
@@ -673,19 +736,18 @@ def tokenizer_for_samples():
     if needs_download(tokenizer_spec):
         say("no samples while it trains: GPT-2's BPE files are not here; `python sample.py` downloads them")
         return None
-    # The meta.pkl of some data sets only counts its tokens: that is a UserError of data/tokenizer.py, whose
-    # base is ValueError. Where a meta.pkl was lost, a model may be smaller than GPT-2's tokenizer.
-    with suppress(ValueError):
-        tokenizer = Tokenizer(tokenizer_spec)
-        if tokenizer.bos < vocab_size:
-            return tokenizer
-    return None
+    if 'problem' in tokenizer_spec:  # why meta.pkl gives no text
+        say(f"samples are ids: {tokenizer_spec['problem']}")
+    tokenizer = Tokenizer(tokenizer_spec)
+    # Without its meta.pkl a data set counts as GPT-2's, but its model may have fewer tokens: then there is
+    # none for a text to begin with.
+    return tokenizer if tokenizer.bos < vocab_size else None
 
 
 sample_tokenizer = tokenizer_for_samples()
 
 
-# A terminal obeys these, and an untrained model may write any. The tab is left out.
+# A terminal obeys these, and an untrained model may write any. The tab stays, and lines are split before.
 CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(10, 32), *range(127, 160)], '\ufffd')
 
 
@@ -701,6 +763,7 @@ def sample_text():
     settings = dict(temperature=0.8, top_k=200, vocab_size=sample_tokenizer.vocab_size)  # as sample.py's
     ids = []
     model.eval()
+    # stream yields one token after the other, (1, 1), without gradients.
     for token in model.stream(prompt, sample_tokens, draws=torch.from_numpy(draws).to(device), **settings):
         if stop_requested or token.item() == sample_tokenizer.eot:
             break
@@ -744,13 +807,13 @@ def get_batch(stream, iteration, micro_step):
     data = open_bin(split)
     starts = window_starts(stream, iteration, micro_step)
     positions = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
-    is_beyond = positions >= len(data)  # only in the last batch of a val.bin that is read in order
-    # What stands beyond the end is any token, and its target is masked below.
-    positions[is_beyond] = 0
+    # What lies beyond the end, in the last batch of a val.bin that is read in order, becomes any token, whose
+    # target is masked below.
+    is_ignored = positions >= len(data)  # (B, T + 1)
+    positions[is_ignored] = 0
     tokens = np.asarray(data[positions])  # (B, T + 1) uint16
-    is_ignored = is_beyond  # (B, T + 1)
     if has_mask:
-        is_ignored = is_beyond | (open_mask(split)[positions] == 0)
+        is_ignored |= open_mask(split)[positions] == 0
     if tokens.max() >= vocab_size:
         raise UserError(
             f"{data_dir / split}.bin holds the token id {tokens.max()}, but the model's vocabulary ends at "
@@ -770,8 +833,9 @@ def get_batch(stream, iteration, micro_step):
 
 
 def loss_shares(iteration):
-    """What each micro-step's mean loss weighs in that of the iteration, which is the mean over all targets
-    that count: its share of them, times the number of micro-steps, so 1 where all count alike.
+    """One weight for each micro-step, such that the mean over micro-steps of weight * loss is the mean loss
+    over all targets of the iteration that count: the number of its own over their mean number, 1 where all
+    count alike.
 
     None if nothing counts. Every rank counts all micro-steps, from the mask alone."""
     if not has_mask:
@@ -978,11 +1042,17 @@ class Log:
         )
 
         self.smooth(loss)
-        losses = {'loss': loss, 'smoothed_loss': state.smoothed_loss}
-        timing = {'ms': seconds * 1000, 'tokens_per_second': tokens_per_second, 'mfu': mfu}
         if not math.isfinite(grad_norm):
             grad_norm = None  # in float16, where the scaler skips such a step; JSON has no word for it
-        self.record('train', **losses, grad_norm=grad_norm, **timing)
+        self.record(
+            'train',
+            loss=loss,
+            smoothed_loss=state.smoothed_loss,
+            grad_norm=grad_norm,
+            ms=seconds * 1000,
+            tokens_per_second=tokens_per_second,
+            mfu=mfu,
+        )
         self.timings.append(seconds)
         if len(self.timings) == 2 and saving:  # the first is no measure: everything is slower there
             self.announce_times(seconds)
@@ -1061,7 +1131,7 @@ class Log:
         if drawn:
             say(f"its curves: {os.path.join(out_dir, 'loss.png')}")
         elif is_last:
-            command = shlex.join(['python', os.path.join(project, 'assets', 'plot.py'), out_dir])
+            command = command_for(os.path.join('assets', 'plot.py'), out_dir)
             say(f"its curves are not drawn: {command}")
 
     def record(self, kind, **values):
@@ -1070,30 +1140,40 @@ class Log:
             return
         line = {'iter': state.iter_num, 'tokens': state.tokens, 'lr': get_lr(state.iter_num), **values}
         claim_out_dir()
-        with open(metrics_path, 'a', encoding='utf-8') as f:
+        with naming(metrics_path), open(metrics_path, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'kind': kind, **line}) + '\n')
         self.to_wandb('log', line)
 
     def start_wandb(self):
         """Starts a run of Weights & Biases, or goes on with that of the checkpoint."""
         earlier_run = {'id': self.wandb_id, 'resume': 'allow'} if self.wandb_id else {}
-        terminal = sys.stdin
-        sys.stdin = open(os.devnull)  # without a terminal it asks no questions
+        stdin = sys.stdin
+        sys.stdin = open(os.devnull)  # wandb asks questions on a terminal, so it gets none while it starts
+        # By default wandb tries to connect for 90 seconds, and gives up ten seconds later.
+        os.environ.setdefault('WANDB_INIT_TIMEOUT', '20')
+        waiting = Timer(3, say, ["wandb is connecting: half a minute at most, not with WANDB_MODE=offline"])
+        waiting.daemon = True
         try:
             import wandb
 
-            names = {'project': wandb_project, 'name': wandb_run_name}
-            self.wandb_run = wandb.init(config=config, **names, **earlier_run)
+            waiting.start()
+            self.wandb_run = wandb.init(
+                config=config, project=wandb_project, name=wandb_run_name, **earlier_run
+            )
+            # Libraries that stand in for wandb may lack an id and define_metric. The iteration is the x axis,
+            # so a resumed run overwrites the points that it repeats.
             self.wandb_id = getattr(self.wandb_run, 'id', None)
             if hasattr(self.wandb_run, 'define_metric'):
-                self.wandb_run.define_metric('*', step_metric='iter')  # a repeated point replaces itself
+                self.wandb_run.define_metric('*', step_metric='iter')
         except Exception as error:  # of many kinds, and never worth a run
             say(
                 f"training goes on without wandb, which does not start ({one_line(error)}): "
                 "`pip install wandb`, `wandb login` or WANDB_MODE=offline may help"
             )
         finally:
-            sys.stdin = terminal
+            waiting.cancel()
+            sys.stdin = stdin
+            sys.excepthook = excepthook  # ours, below: wandb's prints a traceback even for Ctrl-C
 
     def to_wandb(self, method, *arguments):
         """Calls a method of wandb's run, if there is one. A failure is a line, and training goes on."""
@@ -1109,18 +1189,22 @@ class Log:
 
 
 log = Log()
-configured_excepthook = sys.excepthook
+configured_excepthook = sys.excepthook  # the one that configurator.py has installed
 
 
 def excepthook(kind, error, trace):
     """Clears the bar away, and tells lost ranks in one line. configurator.py's excepthook does all else."""
     log.bar.close()
-    from_gloo = kind is RuntimeError and 'gloo' in str(error)
+    from_gloo = kind is RuntimeError and 'gloo' in str(error)  # it has no exception of its own
     if distributed and (from_gloo or isinstance(error, dist.DistError)):
         error = UserError(
             f"rank {rank}: lost the other ranks, go on with --init_from=resume ({one_line(error)})"
         )
-    configured_excepthook(type(error), error, trace)
+    configured_excepthook(type(error), error, trace)  # which does not return where there are ranks
+    # When Python ends, wandb would call this a success. There may be no run, or its finish may fail: the
+    # error has been told already.
+    with suppress(Exception):
+        log.wandb_run.finish(exit_code=1)
 
 
 sys.excepthook = excepthook
@@ -1130,11 +1214,12 @@ sys.excepthook = excepthook
 def announce():
     """The first lines of a run: what it is, what differs from its checkpoint, and what may be a mistake."""
     say(f"tokens per iteration will be: {tokens_per_iter:,}")
-    origin = f"weights from {init_from}"
     if resume_path:
         origin = f"resuming {resume_path} at iteration {first_iter}"
     elif init_from == 'scratch':
         origin = "a new model"
+    else:
+        origin = f"weights from {init_from}"
     machine = f"{device}, {dtype}"
     if device == 'cpu' and dtype == 'bfloat16' and 'dtype' not in given_keys:
         machine += " (this CPU has units for it)"  # it is not every CPU's default
@@ -1143,10 +1228,10 @@ def announce():
     size = f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {vocab_size}"
     say(f"{origin}: {size}; {machine}")
 
-    # dtype follows from the machine, and changes results.
+    # The keys that were given are compared, and dtype, which follows from the machine and changes results.
+    compared = given_keys.difference(KEYS_NOT_RESUMED) | {'dtype'}
     for key, value in checkpoint.get('config', {}).items():
-        asked_for = key in given_keys and key not in KEYS_NOT_RESUMED
-        if (asked_for or key == 'dtype') and config[key] != value:
+        if key in compared and config[key] != value:
             say(f"{key} was {value!r} in the checkpoint, is {config[key]!r} now")
     if checkpoint.get('rewinds'):
         say(f"{resume_path} is of a run with --rewind, which is gone: from here on its batches are others")
@@ -1156,11 +1241,21 @@ def announce():
     if not saving:
         return
     say(
-        f"data/{dataset}: {train_count:,} tokens to train on, {val_count:,} to validate on\n"
+        f"{shown_data_dir}: {train_count:,} tokens to train on, {val_count:,} to validate on\n"
         f"{max_iters:,} iterations are {max_iters * tokens_per_iter / train_count:,.2f} epochs"
     )
     if has_mask:
         say(f"of these, {train_targets:,} and {val_targets:,} count in the loss: train.mask, val.mask")
+
+    # Without a meta.pkl ids count as GPT-2's. A text of ten thousand tokens has some above 4096 there.
+    largest = open_bin('train')[: 2**19].max()
+    is_doubtful = tokenizer_spec['kind'] == 'gpt2' and train_count >= 10_000 and largest < 4096
+    if is_doubtful and init_from == 'scratch':
+        say(
+            f"without a meta.pkl these ids are GPT-2's, but the first end at {largest}: if they are others, "
+            "put a meta.pkl there that holds {'vocab_size': n}, and the model gets n rows instead of 50304"
+        )
+
     if state.iter_num >= max_iters:
         say(f"max_iters {max_iters} is reached: to go on, raise --max_iters and --lr_decay_iters")
     elif decay_lr and warmup_iters >= max_iters:
@@ -1205,6 +1300,36 @@ def try_compiled():
     spend_a_pass(model)
 
 
+def meet_the_ranks():
+    """Starts torch.distributed, and returns a group on the CPU, in which any_rank_stops votes. Raises
+    UserError if the ranks have not met after dist_timeout."""
+    host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    deadline = time.monotonic() + dist_timeout
+    timeout = timedelta(seconds=dist_timeout)
+    try:
+        # Every other rank waits here until somebody listens at the address. Rank 0 waits for the host's name
+        # only, because init_process_group listens there. PyTorch would wait by itself, but twice as long, and
+        # print a stack of C++ calls.
+        while True:
+            try:
+                if rank == 0:
+                    socket.getaddrinfo(host, port)
+                else:
+                    socket.create_connection((host, port), timeout=min(5, dist_timeout)).close()
+                break
+            except OSError:  # there is no such host yet, or nobody listens there
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+        dist.init_process_group(backend, timeout=timeout)
+        return dist.new_group(backend='gloo', timeout=timeout)
+    except (OSError, RuntimeError, ValueError) as error:  # a ValueError for what cannot be an address
+        raise UserError(
+            f"rank {rank}: the {world_size} ranks did not meet at MASTER_ADDR:MASTER_PORT, {host}:{port}, "
+            f"within --dist_timeout={dist_timeout} ({one_line(error)})"
+        ) from error
+
+
 def wrap_in_ddp():
     """DistributedDataParallel around the model, ready to sum its gradients in the same order in every run."""
     iterations = [None] * world_size
@@ -1228,8 +1353,7 @@ if compile:
     model.train()  # it may have failed while it evaluated
     say(problem or "compiled")
 if distributed:
-    dist.init_process_group(backend, timeout=timedelta(seconds=dist_timeout))
-    cpu_group = dist.new_group(backend='gloo', timeout=timedelta(seconds=dist_timeout))  # for votes
+    cpu_group = meet_the_ranks()
 ddp_model = wrap_in_ddp() if distributed else model
 
 
@@ -1357,10 +1481,8 @@ def save_checkpoint(path):
         'model': model.state_dict(),
         'optimizer': optim.state_dict(),
         'model_args': model.config.model_args(),
-        'iter_num': state.iter_num,
+        **vars(state),
         'best_val_loss': torch.tensor(state.best_val_loss),  # as in nanoGPT's
-        'tokens': state.tokens,
-        'smoothed_loss': state.smoothed_loss,
         'config': config,
         'scaler': scaler.state_dict(),
         'tokenizer': tokenizer_spec,
@@ -1407,8 +1529,11 @@ def report_end(val_loss):
 
 
 # ---------- The loop ----------
-# A closed terminal sends SIGHUP, and Slurm what it is told to, SIGUSR1 for example; Windows lacks both. What
-# the process was started to ignore stays ignored: nohup ignores SIGHUP, and a shell's `&` SIGINT.
+if wandb_log and master_process and saving:
+    log.start_wandb()  # before the handlers, so that Ctrl-C ends it at once: there is nothing to save yet
+
+# A closed terminal sends SIGHUP, and Slurm the signal that the job asks for, such as SIGUSR1; Windows has
+# neither. What the process was started to ignore stays ignored: nohup ignores SIGHUP, a shell's `&` SIGINT.
 earlier_handlers = {}
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
     number = getattr(signal, name, None)
@@ -1419,8 +1544,6 @@ if not distributed:  # torchrun answers by itself, and sends each rank the first
     written_to.setblocking(False)
     earlier_wakeup = signal.set_wakeup_fd(written_to.fileno())
     Thread(target=answer_ctrl_c, args=(arrived,), daemon=True).start()
-if wandb_log and master_process and saving:
-    log.start_wandb()
 checkpoint.clear()  # frees its memory; nothing below reads it
 profiled_iter = min(first_iter + 7, max_iters - 1)  # when everything is warm
 exploded = False  # whether the last evaluation said so; until the next one nothing is saved then
@@ -1481,7 +1604,9 @@ while True:
 # ---------- The end ----------
 log.bar.close()
 if not has_data and master_process and log.timings:
-    ms = 1000 * np.array(log.timings[math.ceil(len(log.timings) / 4) :] or log.timings)  # a quarter warms up
+    # The first quarter is warm-up. A single timing is kept.
+    warm_up = math.ceil(len(log.timings) / 4)
+    ms = 1000 * np.array(log.timings[warm_up:] or log.timings)
     tokens_per_second = tokens_per_iter * 1000 / np.median(ms)
     result = {
         'device': torch.cuda.get_device_name() if device_type == 'cuda' else device,
@@ -1496,17 +1621,23 @@ if not has_data and master_process and log.timings:
     }
     say(json.dumps(result))
 
-del folder_lock  # unlocks out_dir: a notebook goes on, and may start another run
+del folder_lock  # closing the file unlocks out_dir: a notebook goes on, and may start another run
 if distributed:
     dist.barrier()  # until the last checkpoint is saved
     dist.destroy_process_group()
 log.to_wandb('finish')  # it may take its time: no rank waits any more
-if distributed:
-    os._exit(0)  # gloo's threads abort one teardown of the interpreter in twelve
 
-signal.set_wakeup_fd(earlier_wakeup)
-written_to.close()
+# A notebook goes on, and so does a launcher that runs this script within its own process, as submitit does.
 for number, handler in earlier_handlers.items():
     signal.signal(number, handler)
-if stopping and stop_requested == signal.SIGINT:
-    raise KeyboardInterrupt  # prints nothing, but a shell that runs a loop of runs ends it as well
+if not distributed:
+    signal.set_wakeup_fd(earlier_wakeup)
+    written_to.close()
+    if stopping and stop_requested == signal.SIGINT:
+        raise KeyboardInterrupt  # prints nothing, but a shell that runs a loop of runs ends it as well
+
+# gloo's threads abort one teardown of the interpreter in twelve, so there is none if nobody has called this
+# script.
+if distributed and sys._getframe().f_back is None:
+    os._exit(0)
+sys.excepthook = earlier_excepthook

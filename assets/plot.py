@@ -147,4 +147,4 @@ if __name__ == '__main__':
     try:
         main(sys.argv[1:])
     except OSError as error:
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or 'stdout'}: {error.strerror}")

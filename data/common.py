@@ -9,6 +9,7 @@ written from a stream of parts, so memory does not grow with the text.
 
 import codecs
 import csv
+import errno
 import filecmp
 import glob
 import hashlib
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -33,6 +35,7 @@ from data.tokenizer import (
     CONVERSATIONS,
     DOCUMENTS,
     EOT,
+    UserError,
     char_tokenizer,
     encode_parts,
     template_fields,
@@ -47,6 +50,20 @@ TINY_SHAKESPEARE = (  # address, SHA-256
 
 
 @contextmanager
+def naming(path):
+    """Names the file in the error of a full disk, which Python leaves without a name once a file is open."""
+    try:
+        yield
+    except Exception as error:
+        # torch.save raises an error of its own on top of the system's.
+        for cause in (error, error.__context__):
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                cause.filename = cause.filename or str(path)
+                raise cause from None
+        raise
+
+
+@contextmanager
 def atomic_write(path):
     """Opens path.part for writing bytes and renames it to `path` once everything is on the disk.
 
@@ -54,7 +71,7 @@ def atomic_write(path):
     part = Path(f"{path}.part")
     part.unlink(missing_ok=True)  # after a kill it may be a second name of a good file, which link has made
     try:
-        with open(part, 'wb') as f:
+        with naming(path), open(part, 'wb') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -139,11 +156,11 @@ def library_modules():
     """Returns the modules of Python's own standard library, {path: text}, sorted by path: those in ASCII,
     without what was installed, tests, and what not every Python has.
     """
-    skipped = 'site-packages dist-packages test tests idlelib lib2to3 turtledemo ensurepip'.split()
+    skipped = set('site-packages dist-packages test tests idlelib lib2to3 turtledemo ensurepip'.split())
     stdlib = Path(sysconfig.get_path('stdlib'))
     modules = {}
     for path in sorted(path.relative_to(stdlib) for path in stdlib.rglob('*.py')):
-        if not set(skipped).intersection(path.parts):
+        if skipped.isdisjoint(path.parts):
             text = (stdlib / path).read_bytes()
             if text.isascii():
                 modules[path] = text.decode().replace('\r\n', '\n')
@@ -163,14 +180,19 @@ def check_vocab_size(vocab_size):
 
 ROWS = '.jsonl', '.json', '.csv', '.parquet'
 
-# All files of a data set. write_bins deletes those of an old one in this order.
-FILES = 'train.bin val.bin train.mask val.mask template.txt meta.pkl tokenizer.json words.json'.split()
+# All files of a data set, and those that would be read as its tokenizer. write_bins deletes those of an old
+# one in this order.
+FILES = (
+    'train.bin val.bin train.mask val.mask template.txt meta.pkl tokenizer.json words.json '
+    'vocab.json merges.txt added_tokens.json'
+).split()
 
 
 def kind_of(path):
     """Returns the suffix of a file of rows, and .txt for any other file. x.csv.gz is of the kind of x.csv."""
     suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in ('.gz', '.zst')]
-    return suffixes[-1] if suffixes and suffixes[-1] in ROWS else '.txt'
+    last = suffixes[-1] if suffixes else ''
+    return last if last in ROWS else '.txt'
 
 
 def read_blocks(path):
@@ -192,9 +214,9 @@ def encoding_of(path, encoding=''):
         return 'utf-16'
     name = codecs.lookup(encoding or 'utf-8').name
     if name == 'utf-16':
-        return 'utf-16-le'  # Python wants a mark for the other
+        return 'utf-16-le'  # for 'utf-16' Python wants the mark
     if name == 'utf-8':
-        return 'utf-8-sig'  # perhaps with a mark too
+        return 'utf-8-sig'  # which reads UTF-8 with and without a mark
     return name
 
 
@@ -264,7 +286,7 @@ def read_text(path, encoding=''):
         except UnicodeDecodeError as error:
             # error.object is what the decoder has kept and this block, so it ends at byte `size`.
             bad = error.object[error.start :]
-            advice = "before it the text is, so it may be damaged there"
+            advice = "all text before it is, so the file may be damaged there"
             if was_ascii and error.object[: error.start].isascii():
                 advice = encoding_advice(bad[:1000], encoding)
             place = f"{path}: byte {size - len(bad)}, {bad[0]:#x}"
@@ -302,7 +324,7 @@ def each_row(paths, function, encoding=''):
         number = 1
         try:
             for row in read_rows(path, encoding):
-                # csv files the surplus of a row that is longer than the first one under None.
+                # If a row has more fields than the first line, csv.DictReader puts the rest under None.
                 if type(row) is not dict or None in row:
                     raise ValueError(f"it has no fields, or more than the first line: {row!r:.60}")
                 yield function(row)
@@ -481,6 +503,117 @@ class Documents:
 
 
 # -----------------------------------------------------------------------------
+# What else may be called train.bin
+
+# How files begin that are something else, what they are, and the Python expression that gives the ids of
+# `path`, None where there is none. The first two are magic numbers of llm.c and modded-nanogpt, whose header
+# is 256 int32, or 1024 bytes.
+SIGNATURES = {
+    b'\x88\xd8\x34\x01': ("uint16 ids behind llm.c's header", 'np.memmap(path, "<u2", "r", 1024)'),
+    b'\xa1\xd9\x34\x01': ("uint32 ids behind llm.c's header", 'np.memmap(path, "<u4", "r", 1024)'),
+    b'\x93NUMPY': ("a .npy file", 'np.load(path, "r").ravel()'),
+    b'PK\x03\x04': ("a zip archive, as numpy.savez and torch.save write it", None),
+    b'\x1f\x8b\x08': ("a file of gzip", None),
+    b'\x28\xb5\x2f\xfd': ("a file of zstd", None),
+    b'PAR1': ("a parquet file", None),
+    b'\x80\x04\x95': ("a pickle", None),
+    b'\x80\x05\x95': ("a pickle", None),
+}
+
+# A program for `python -c`; {} is such an expression. The new file is written beside the old one, which keeps
+# another name, so that a kill harms neither. Windows renames no file that is still mapped, so both maps are
+# let go first.
+CONVERSION = (
+    'import os, sys, numpy as np; path = sys.argv[1]; ids = {}; '
+    '0 <= ids.min() and ids.max() <= 65535 or sys.exit("ids beyond 65,535 do not fit uint16"); '
+    'new = np.memmap(path + ".part", "<u2", "w+", shape=ids.shape); new[:] = ids; new.flush(); '
+    'ids = new = None; os.replace(path, path + ".original"); os.replace(path + ".part", path)'
+)
+
+
+def is_utf8(data):
+    """Returns whether bytes are text in UTF-8 without control characters. The last character may be cut."""
+    control = bytes(set(range(32)) - set(b'\t\n\f\r'))
+    if len(data.translate(None, control)) < len(data):  # it deletes them
+        return False
+    try:
+        codecs.getincrementaldecoder('utf-8')().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def has_wide_ids(head, dtype, largest):
+    """Returns whether bytes (n,) uint8 are ids of this type. They are if, read as such, none is beyond
+    `largest`, because their upper bytes are zero."""
+    values = head[: len(head) // 8 * 8].view(dtype)
+    if values.max() > largest:
+        return False
+    # Almost only zeros, or one repeated value, tell nothing.
+    if np.count_nonzero(values) < 32 or len(np.unique(values)) == 1:
+        return False
+    # One exception are uint16 ids of a text with one character on each line. The newline is id 0, so a
+    # character and a newline look like one 32-bit id. Then no value is zero, and few differ.
+    may_be_lines = dtype == '<u4' and values.min() > 0 and values.max() < 32
+    return not may_be_lines
+
+
+def what_it_is(path, vocab_size):
+    """Returns what a .bin looks like by its first megabyte, and the Python that gives its ids, or None. Both
+    are None for uint16 ids below vocab_size, and for what cannot be told."""
+    head = np.fromfile(path, dtype='u1', count=2**20)
+    data = head.tobytes()
+    for beginning, found in SIGNATURES.items():
+        if data.startswith(beginning):
+            return found
+    if len(head) < 64:
+        return None, None
+
+    # What cannot be uint16 ids may be wider ones of a vocabulary that is larger than theirs.
+    ids = head[: len(head) // 2 * 2].view('<u2')
+    is_beyond = ids.max() >= vocab_size
+    largest = 2**20 if is_beyond else 65535
+    for bits, dtype in ((64, '<u8'), (32, '<u4')):
+        if has_wide_ids(head, dtype, largest):
+            return f"{bits}-bit ids", f'np.memmap(path, "{dtype}", "r")'
+    if not head[0::2].any() and np.count_nonzero(head) >= 32:
+        return "big-endian ids", 'np.memmap(path, ">u2", "r")'
+
+    # In 8-bit ids of a small vocabulary every byte is an id, and two bytes read as one are mostly beyond it.
+    # Of 256 ids every byte is one, so only text is told.
+    kinds = len(set(data))
+    is_text = kinds > 3 and is_utf8(data)
+    may_be_bytes = head.max() < vocab_size < 256 or (is_text and vocab_size == 256)
+    if may_be_bytes and is_beyond:
+        return "8-bit ids", 'np.memmap(path, "u1", "r")'
+    if is_text:
+        return "text", None
+
+    # Without a meta.pkl the vocabulary is GPT-2's, whose ids have bytes above 127. 8-bit ids of an alphabet
+    # have none, and few zeros, while small uint16 ids are zero at every second place. It takes a thousand.
+    is_dense = np.count_nonzero(head[1::2]) > len(ids) / 2
+    if len(ids) >= 1000 and kinds > 2 and head.max() < 128 and is_dense:
+        return "8-bit ids", 'np.memmap(path, "u1", "r")'
+    return None, None
+
+
+def check_bin(path, vocab_size, prepare_command):
+    """Raises UserError if a .bin looks like something else than uint16 ids, with what to do about it.
+    prepare_command is the command that makes bins of a text, without its --input."""
+    what, expression = what_it_is(path, vocab_size)
+    if what is None:
+        return
+    advice = "write its ids there by numpy.array(ids, dtype='<u2').tofile"
+    if what == 'text':
+        advice = f"run `{prepare_command} {shlex.quote(f'--input={path}')}`"
+    elif expression:
+        advice = f"run `{shlex.join(['python', '-c', CONVERSION.format(expression), str(path)])}`"
+    if what in ('64-bit ids', '32-bit ids'):
+        advice += ", or if every second id is meant to be 0, put one id more in front, to say so"
+    raise UserError(f"{path} looks like {what}, not uint16 ids: {advice}")
+
+
+# -----------------------------------------------------------------------------
 # train.bin and val.bin
 
 
@@ -509,7 +642,7 @@ def write_split(new, split, pairs, has_masks):
     tokens = 0
     counted = 0
     bin_path, mask_path = new / f'{split}.bin', new / f'{split}.mask'
-    with atomic_write(bin_path) as bin_file, atomic_write(mask_path) as mask_file:
+    with atomic_write(mask_path) as mask_file, atomic_write(bin_path) as bin_file:
         for ids, mask in pairs:
             bin_file.write(np.asarray(ids, dtype='<u2').tobytes())
             if has_masks:

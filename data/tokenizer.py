@@ -1,29 +1,32 @@
 """
-How text becomes token ids and back. There are three kinds of tokenizers, and a file in the folder of the data
-set tells which one it was prepared with:
+How text becomes token ids and back. There are four kinds of tokenizers, and a file in the folder of the data
+set, or in its folder `tokenizer`, tells which one it was prepared with:
 
-    meta.pkl         CharTokenizer: one token per character, or per word of a fixed list. It is nanoGPT's
-                     file, a dict with vocab_size, stoi (token to id) and itos (id to token)
-    tokenizer.json   TrainedBPE: a byte-pair encoding (BPE) that was trained on the text, in the format of the
-                     tokenizers library
-    neither          GPT2BPE: GPT-2's own byte-pair encoding, from tiktoken
+    meta.pkl         nanoGPT's file, a dict with vocab_size, stoi (token to id) and itos (id to token).
+                     If stoi and itos fit together: CharTokenizer. Each token is a character, a byte or a
+                     word of a fixed list. Otherwise: IdTokenizer. The ids are chess moves, notes or the
+                     like, and are read and written as numbers
+    tokenizer.json   TrainedBPE: a byte-pair encoding (BPE) that was trained on the text, or any other
+                     tokenizer, in the format of the tokenizers library
+    merges.txt       TrainedBPE: a byte-level BPE as GPT-2's own, with its tokens in vocab.json
+    none of them     GPT2BPE: GPT-2's own byte-pair encoding, from tiktoken
 
-All three have the same attributes and methods:
+All four have the same attributes and methods:
 
-    kind                 'char', 'bpe' or 'gpt2'
+    kind                 'char', 'ids', 'bpe' or 'gpt2'
     spec                 a dict of plain values, which checkpoints hold; Tokenizer(spec) makes it again
     vocab_size           every id is smaller than it
-    eot                  the id of <|endoftext|>, which ends a document; None where no token is that
+    eot                  the id of the token that ends a document; None where no token does
+    eot_text             its text: <|endoftext|>, unless the tokenizer has an end token of its own
     bos                  the id that a sample begins with if there is no prompt
     encode(text)         returns the ids of a text
     decode(ids)          returns the text of a list of ids
-    reads_like(other)    returns whether both tokenizers have the same text for every id
     files()              returns the file to write beside a data set, as {name: bytes}; none for GPT-2's
     for_transformers()   returns the same tokenizer as an object of the tokenizers library, with <|endoftext|>
-                         added if it is missing, because other tools ask for it
+                         added if nothing ends a document, because other tools ask for it
 
-In a prompt, <|endoftext|> is the token. A tokenizer that is made with ordinary=True takes it for a text of 13
-characters like any other, as training data need it.
+In a prompt, the text of a special token such as <|endoftext|> is that token. A tokenizer that is made with
+ordinary=True takes it for a text like any other, as training data need it.
 
 A template says how a document is made of texts, and which of its tokens count in the loss: see "Templates".
 """
@@ -34,12 +37,18 @@ import os
 import pickle
 import re
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 EOT = '<|endoftext|>'
+
+# What digest_of_texts returns for GPT-2's tokenizer. Written here, it can be compared without a download.
+GPT2_TEXTS = '99962601cb1c72a654f5a895927c4ebb2ce73480b173db83caba9f853e616fec'
+
+# What ends a document in other people's tokenizers. The first that is there counts.
+END_TOKENS = (EOT, '<|end_of_text|>', '</s>', '<eos>', '<EOS>', '[EOS]', '<|eos|>', '<|im_end|>')
 
 # GPT-2's own pattern is
 #     '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -49,8 +58,8 @@ EOT = '<|endoftext|>'
 WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
 
-# model.py, which works alone, has a UserError and a one_line of its own. configurator.py knows both by their
-# name.
+# model.py defines both of these a second time, because it must work alone. So configurator.py compares the
+# name of the class, not the class.
 class UserError(ValueError):
     """A mistake of the user. Its text is one line that says what to do."""
 
@@ -72,16 +81,7 @@ def user_errors(message):
 
 
 # -----------------------------------------------------------------------------
-# The three kinds
-
-
-def texts_of_ids(tokenizer):
-    return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-
-
-def same_texts(tokenizer, other):
-    """Returns whether both tokenizers have the same text for every id. Each class calls it reads_like."""
-    return texts_of_ids(tokenizer) == texts_of_ids(other)
+# The four kinds
 
 
 def longest_first(tokens):
@@ -92,23 +92,28 @@ def longest_first(tokens):
 
 class CharTokenizer:
     kind = 'char'
-    reads_like = same_texts
+    eot_text = EOT
 
     def __init__(self, spec, ordinary=False):
-        if 'stoi' not in spec or 'itos' not in spec:
-            raise UserError("meta.pkl counts the tokens but does not name them: it lacks stoi or itos")
         self.spec = spec
         self.itos = spec['itos']
         self.vocab_size = len(self.itos)
+        known = spec['stoi']
 
-        # If putting the inverse of itos over stoi changes nothing, the two agree. stoi may know further
-        # characters, such as capitals that are read as small letters, and its ids may be floats, as 1.0 is 1.
+        # Tokens of bytes become texts here: Latin-1 has one character for each byte.
+        self.of_bytes = any(type(token) is bytes for token in known)
+        if self.of_bytes:
+            self.itos = {i: token.decode('latin-1') for i, token in self.itos.items()}
+            known = {token.decode('latin-1'): i for token, i in known.items()}
+
+        # If putting the inverse of itos over stoi changes nothing, the two agree. stoi may hold more than
+        # itos, such as capitals that are read as small letters.
         inverse = {self.itos[i]: i for i in range(self.vocab_size)}
-        self.stoi = {**spec['stoi'], **inverse}
-        if self.stoi != spec['stoi']:
+        self.stoi = {**known, **inverse}
+        if self.stoi != known:
             raise UserError("stoi and itos disagree, or an id is missing")
         if ''.join(self.stoi) == '':  # join raises an error where a key is no text
-            raise UserError("stoi and itos disagree, or have no character")
+            raise UserError("stoi and itos have no character")
 
         self.eot = self.stoi.get(EOT)
         self.bos = self.stoi.get('\n', 0) if self.eot is None else self.eot
@@ -123,15 +128,19 @@ class CharTokenizer:
             if len(token) == 1:
                 self.table[ord(token)] = self.stoi[token]
 
-        # Where tokens have several characters, a text is cut into the longest that fit.
-        self.has_words = max(map(len, self.tokens)) > 1
+        # Where tokens have several characters, or characters several bytes, a text is cut into the longest
+        # tokens that fit.
+        self.has_words = self.of_bytes or max(map(len, self.tokens)) > 1
         self.pattern = longest_first(self.tokens)
 
     def encode(self, text):
+        if self.of_bytes:
+            text = text.encode(errors='replace').decode('latin-1')
         if self.has_words:
             pieces = re.findall(self.pattern, text)
             ids = np.array([self.stoi.get(piece, -1) for piece in pieces], dtype=np.int32)
         else:
+            # UTF-32 has four bytes for each character: its code point.
             codes = np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
             ids = self.table[codes]
 
@@ -144,7 +153,10 @@ class CharTokenizer:
         return ids if self.ordinary else ids.tolist()
 
     def decode(self, ids):
-        return ''.join(self.itos[i] for i in ids)
+        text = ''.join(self.itos[i] for i in ids)
+        if self.of_bytes:
+            text = text.encode('latin-1').decode(errors='replace')
+        return text
 
     def files(self):
         meta = dict(self.spec)
@@ -155,8 +167,8 @@ class CharTokenizer:
         import tokenizers
 
         # Each token is a word of its own, and Fuse joins the words without spaces. An unknown character is an
-        # error, because it would be read as the word '', which does not exist.
-        result = tokenizers.Tokenizer(tokenizers.models.WordLevel(self.stoi, unk_token=''))
+        # error, because it would be read as U+FFFF, which is no character and so no word.
+        result = tokenizers.Tokenizer(tokenizers.models.WordLevel(self.stoi, unk_token='\uffff'))
         pattern = tokenizers.Regex(self.pattern)
         result.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, 'isolated')
         result.decoder = tokenizers.decoders.Fuse()
@@ -164,9 +176,38 @@ class CharTokenizer:
         return result
 
 
+class IdTokenizer:
+    kind = 'ids'
+    eot_text = EOT
+    eot = None
+    bos = 0
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.vocab_size = spec['vocab_size']
+
+    def encode(self, text):
+        if text:
+            raise UserError(
+                f"the tokens of this model are numbers, without a text: not {text[:40]!r}, but ids begin a "
+                "sample, as in --start=\"ids:12 7 99\""
+            )
+        return []
+
+    def decode(self, ids):
+        return ' '.join(map(str, ids))
+
+    def files(self):
+        return {'meta.pkl': pickle.dumps({'vocab_size': self.vocab_size})}
+
+    def for_transformers(self):
+        raise UserError(
+            "the tokens of this model are numbers, without a text: transformers has no tokenizer for that"
+        )
+
+
 class TrainedBPE:
     kind = 'bpe'
-    reads_like = same_texts
 
     def __init__(self, spec, ordinary):
         import tokenizers
@@ -183,7 +224,14 @@ class TrainedBPE:
 
         # True means that special tokens in a text are encoded as any other text.
         self.bpe.encode_special_tokens = ordinary
-        self.eot = self.bpe.token_to_id(EOT)
+
+        # </s> may be a piece of HTML. So a token ends documents only if the file lists it among the added
+        # tokens. <|endoftext|> always may.
+        added = self.bpe.get_added_tokens_decoder().values()
+        may_end = {EOT, *(token.content for token in added)}
+        ends = [end for end in END_TOKENS if end in may_end and self.bpe.token_to_id(end) is not None]
+        self.eot_text = ends[0] if ends else EOT
+        self.eot = self.bpe.token_to_id(self.eot_text)
         self.bos = 0 if self.eot is None else self.eot
 
     def encode(self, text):
@@ -197,15 +245,15 @@ class TrainedBPE:
         return {'tokenizer.json': self.spec['json'].encode()}
 
     def for_transformers(self):
-        result = TrainedBPE(self.spec, ordinary=False).bpe  # another one, because EOT is added to it
-        result.add_special_tokens([EOT])
+        result = TrainedBPE(self.spec, ordinary=False).bpe  # another one, because a token may be added to it
+        result.add_special_tokens([self.eot_text])
         return result
 
 
 class GPT2BPE:
     kind = 'gpt2'
     spec = {'kind': 'gpt2'}
-    reads_like = same_texts
+    eot_text = EOT
 
     def __init__(self, ordinary):
         import tiktoken
@@ -260,11 +308,27 @@ def Tokenizer(spec, ordinary=False):
     In a prompt <|endoftext|> is the token that ends a document. With ordinary=True, as for training data, it
     is a text of 13 characters like any other, and ids may come as an array instead of a list.
     """
-    if spec['kind'] == 'char':
+    if spec['kind'] == 'char' and 'stoi' in spec and 'itos' in spec:
         return CharTokenizer(spec, ordinary)
+    if spec['kind'] == 'char':  # both come from a meta.pkl, and this one has no alphabet
+        return IdTokenizer(spec)
     if spec['kind'] == 'bpe':
         return TrainedBPE(spec, ordinary)
     return GPT2BPE(ordinary)
+
+
+def digest_of_texts(spec):
+    """Returns a digest of the texts of all ids. That of GPT-2's is known without its files."""
+    if spec['kind'] == 'gpt2':
+        return GPT2_TEXTS
+    tokenizer = Tokenizer(spec)
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    return hashlib.sha256(ascii(texts).encode()).hexdigest()
+
+
+def same_texts(spec, other):
+    """Returns whether both tokenizers have the same text for every id, as GPT-2's and that of its export."""
+    return spec == other or digest_of_texts(spec) == digest_of_texts(other)
 
 
 def needs_download(spec):
@@ -286,30 +350,104 @@ def needs_download(spec):
 # Where tokenizers come from: a data set's folder, an alphabet, or training
 
 
+class StandIn(dict):
+    """Stands for any class or function that a pickle names, and runs nothing. It keeps its arguments, and the
+    items of a dict, as an OrderedDict has them."""
+
+    __hash__ = object.__hash__  # a dict has none, and could not be a key
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __call__(self, *arguments):
+        return self
+
+    # Unpickling calls these for the items of a list and for a state, and the object itself where it stands
+    # for a function.
+    append = extend = __setstate__ = __call__
+
+
+def numpy_scalar(dtype, data=b''):
+    """Returns a number or text of numpy as Python's own.
+
+    numpy pickles it as scalar(dtype('i8', …), bytes), so the first argument of the stand-in is 'i8'. The
+    dtype itself is not made, because by its state a file could make numpy read anywhere in memory."""
+    with suppress(TypeError, ValueError, IndexError, AttributeError):
+        return np.frombuffer(data, dtype.arguments[0])[0].item()
+    return StandIn()
+
+
+# What a pickle may name that has a value for us. Everything else is a StandIn.
+PLAIN = {
+    '_codecs.encode': lambda text, encoding: text.encode('latin-1'),  # how protocol 2 writes bytes
+    'collections.Counter': dict,  # its items are an argument
+    'numpy.core.multiarray.scalar': numpy_scalar,
+}
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers only, so that loading a file cannot call functions."""
+    """Reads containers, strings and numbers. It calls nothing else, whatever a file asks for."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}: plain values only")
+        full_name = f'{module}.{name}'.replace('numpy._core', 'numpy.core')  # numpy 2 and before it
+        return PLAIN.get(full_name, StandIn)
+
+
+def pairs(table):
+    """Returns stoi or itos as a dict. Of a list or a text, the keys are the positions."""
+    if isinstance(table, (list, tuple, str)):
+        return dict(enumerate(table))
+    return dict(table) if isinstance(table, dict) else {}
+
+
+def alphabet_of(stoi, itos):
+    """Returns stoi and itos as a CharTokenizer wants them. Raises an error where they do not make one."""
+    # Ids may be floats, as 1.0 is 1.
+    itos = {int(i): token for i, token in itos.items()}
+    stoi = {token: int(i) for token, i in stoi.items()}
+    if not itos:
+        raise UserError("itos is missing")
+    if max(itos) > 65535:
+        raise UserError(f"itos has the id {max(itos)}, which is beyond 65,535")
+
+    # Ids that are left out, as 0 often is, get an empty text, of bytes where the other tokens are bytes.
+    nothing = type(itos[max(itos)])()
+    for i in range(max(itos)):
+        if i not in itos:
+            itos[i] = nothing
+            stoi[nothing] = i
+    CharTokenizer({'stoi': stoi, 'itos': itos})  # only a try: it raises an error if the two disagree
+    return stoi, itos
 
 
 def read_meta(path):
-    """Returns the spec of a CharTokenizer from meta.pkl."""
+    """Returns the spec of a CharTokenizer from meta.pkl, or of an IdTokenizer where stoi and itos make none.
+
+    For training, nanoGPT reads nothing but vocab_size, and so the rest is no reason not to train.
+    """
     with open(path, 'rb') as f:
         meta = PlainUnpickler(f).load()
-    spec = {'kind': 'char'}
-    for key in ('vocab_size', 'stoi', 'itos'):
-        if key in meta:
-            spec[key] = meta[key]
+    if not isinstance(meta, dict):
+        raise ValueError("it holds no dict")
+    stoi = pairs(meta.get('stoi'))
+    itos = pairs(meta.get('itos'))
 
+    # Without vocab_size, the largest id tells.
+    ids = [i for i in (*stoi.values(), *itos) if type(i) is int]
+    vocab_size = meta.get('vocab_size', 1 + max(ids, default=-1))
     # True and 3.0 are no sizes, although they compare like numbers.
-    vocab_size = meta.get('vocab_size', 1)
     if type(vocab_size) is not int or not 0 < vocab_size <= 65536:
-        raise ValueError(f"vocab_size is {vocab_size!r:.40}")
+        raise ValueError(f"vocab_size is {vocab_size!r:.40}, not a number from 1 to 65,536")
 
-    # The meta.pkl of some data sets only counts the tokens, which is enough for training.
-    if 'stoi' in spec and 'itos' in spec:
-        CharTokenizer(spec)  # raises an error where it cannot be one
+    spec = {'kind': 'char', 'vocab_size': vocab_size}
+    if 'stoi' in meta or 'itos' in meta:
+        try:
+            spec['stoi'], spec['itos'] = alphabet_of(stoi, itos)
+            spec['vocab_size'] = max(vocab_size, len(spec['itos']))
+        except (
+            Exception
+        ) as error:  # such tables may fail in any way; train.py and sample.py print the problem
+            spec['problem'] = f"stoi and itos of meta.pkl do not make an alphabet ({one_line(error)})"
     return spec
 
 
@@ -328,13 +466,71 @@ def read_tokenizer_json(path):
     return {'kind': 'bpe', 'json': text}
 
 
+def read_merges(path):
+    """Returns the spec of a TrainedBPE from merges.txt and the vocab.json beside it, as GPT-2 has them."""
+    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
+
+    vocab_path = path.with_name('vocab.json')
+    vocab = json.loads(vocab_path.read_text('utf-8'))
+    bpe = ByteLevelBPETokenizer.from_file(str(vocab_path), str(path))
+
+    # A byte-level BPE has a character for each byte, Ġ for the space. Others would lose spaces or letters.
+    merges = json.loads(bpe.to_str())['model']['merges']  # pairs of texts
+    characters = {character for merge in merges for character in ''.join(merge)}
+    is_byte_level = 'Ġ' in vocab and characters <= set(pre_tokenizers.ByteLevel.alphabet())
+    if not is_byte_level:
+        raise ValueError("it is not byte-level, as GPT-2's is: put its tokenizer.json beside it")
+
+    # Tokens of the vocabulary that end a document are marked as special, and keep their ids.
+    # added_tokens.json has further tokens, which get the ids that follow.
+    added_path = path.with_name('added_tokens.json')
+    added = json.loads(added_path.read_text('utf-8')) if added_path.is_file() else {}
+    bpe.add_special_tokens([end for end in END_TOKENS if end in vocab])
+    bpe.add_special_tokens(sorted(added, key=added.get))
+    if any(bpe.token_to_id(token) != i for token, i in added.items()):
+        raise ValueError("added_tokens.json leaves out some ids")
+    return {'kind': 'bpe', 'json': bpe.to_str()}
+
+
+# Files of tokenizers that are not read, and what to do with them. CONVERT writes a tokenizer.json beside one.
+CONVERT = (
+    'in its folder run `{}python -c "'
+    "from transformers import {} as T; T.from_pretrained('.').save_pretrained('.')"
+    '"`'
+)
+OTHER_TOKENIZERS = {
+    'vocab.txt': CONVERT.format('', 'BertTokenizerFast'),
+    'tokenizer.model': CONVERT.format('pip install sentencepiece && ', 'PreTrainedTokenizerFast'),
+    'vocab.json': "its merges.txt is missing",
+    '*-vocab.json': "name the two files of this tokenizer vocab.json and merges.txt",
+    '*.model': "make a tokenizer.json of it by the library that made it",
+    '*.tiktoken': "make a tokenizer.json of it by the library that made it",
+    'tokenizer.pkl': "make a tokenizer.json of it by the library that made it",
+}
+
+
 def read_tokenizer_spec(folder):
-    """Returns the spec of the tokenizer that the data set in `folder` was prepared with. Raises UserError."""
-    for name, read in (('meta.pkl', read_meta), ('tokenizer.json', read_tokenizer_json)):
-        path = Path(folder) / name
-        if path.is_file():
-            with user_errors(f"cannot read {path}"):
-                return read(path)
+    """Returns the spec of the tokenizer of the data set or the model in `folder`. Raises UserError."""
+    places = [Path(folder), Path(folder) / 'tokenizer']
+    readers = {'meta.pkl': read_meta, 'tokenizer.json': read_tokenizer_json, 'merges.txt': read_merges}
+    for place in places:
+        for name, read in readers.items():
+            path = place / name
+            if path.is_file():
+                with user_errors(f"cannot read {path}"):
+                    return read(path)
+
+    # No file means GPT-2's tokenizer, but not where there is another one.
+    for place in places:
+        for pattern, advice in OTHER_TOKENIZERS.items():
+            for path in place.glob(pattern):
+                # Those of SentencePiece begin with <unk>. Other programs have a NAME.model too.
+                if path.suffix == '.model' and b'<unk>' not in path.read_bytes()[:100]:
+                    continue
+                raise UserError(
+                    f"{path} is a tokenizer that is not read as it is: {advice}; if the tokens are not of "
+                    "this file, move it away"
+                )
     return {'kind': 'gpt2'}
 
 

@@ -109,14 +109,14 @@ def write_nanogpt_checkpoint(path, p, optimizer, args, iter_num, dataset):
     )
 
 
-def read_wandb_runs(folder):
-    """[(run id, [history items])] of offline runs, oldest first: protocol buffers in leveldb's log format."""
+def wandb_records(folder):
+    """[[record]] of offline runs, oldest first: protocol buffers in leveldb's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     runs = []
     paths = folder.glob('wandb/offline-run-*/*.wandb')
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
-        data, at, record, name, history = path.read_bytes(), 7, b'', None, []
+        data, at, record, records = path.read_bytes(), 7, b'', []
         while at + 7 <= len(data):
             room = 2**15 - at % 2**15
             if room < 7:  # a record's header never straddles two blocks
@@ -126,17 +126,34 @@ def read_wandb_runs(folder):
             record += data[at + 7 : at + 7 + size]
             at += 7 + size
             if kind in (1, 4):  # whole, or the last piece
-                found, record = Record.FromString(record), b''
-                name = found.run.run_id or name
-                if found.WhichOneof('record_type') == 'history':
-                    history.append(
-                        {
-                            item.key or '.'.join(item.nested_key): json.loads(item.value_json)
-                            for item in found.history.item
-                        }
-                    )
+                records.append(Record.FromString(record))
+                record = b''
+        runs.append(records)
+    return runs
+
+
+def read_wandb_runs(folder):
+    """[(run id, [history items])] of offline runs, oldest first."""
+    runs = []
+    for records in wandb_records(folder):
+        name, history = None, []
+        for record in records:
+            name = record.run.run_id or name
+            if record.WhichOneof('record_type') == 'history':
+                history.append(
+                    {
+                        item.key or '.'.join(item.nested_key): json.loads(item.value_json)
+                        for item in record.history.item
+                    }
+                )
         runs.append((name, history))
     return runs
+
+
+def wandb_exit_codes(folder):
+    """What offline runs have told wandb of their ends, one after the other."""
+    records = [record for records in wandb_records(folder) for record in records]
+    return [record.exit.exit_code for record in records if record.WhichOneof('record_type') == 'exit']
 
 
 def points(history, key):

@@ -346,7 +346,8 @@ def test_one_text(prepare, house, tmp_path, bpe):
     meta = pickle.loads((folder / 'meta.pkl').read_bytes())
     assert meta['stoi']['🦊'] < meta['vocab_size'] == len(set(text))
     assert f'1 documents, 1.000 tokens a character, vocabulary {len(set(text))}\na document:\n' in out
-    assert 'python train.py config/train_' in out and 'python sample.py --out_dir=out-mytext' in out
+    assert f'python {house}/train.py config/train_' in out
+    assert f'python {house}/sample.py --out_dir=out-mytext' in out
     prepare('--input=book.txt', '--tokenizer=bpe', '--vocab_size=300')
     assert not (folder / 'meta.pkl').exists()
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
@@ -414,7 +415,7 @@ def test_next_command_of_a_small_set(prepare, house, tmp_path, run):
     rows = [{'question': f'{n}+1?', 'answer': str(n + 1)} for n in range(12)]
     (tmp_path / 'qa.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     out = prepare('--input=qa.jsonl', r'--template=Q: {question}\nA: {answer}', name='small')
-    command = re.search(r'^train on it: python train.py (.*)', out, re.M)[1]
+    command = re.search(r'^train on it: python \S*train.py (.*)', out, re.M)[1]
     assert ' --block_size=' in command
     how = '--device=cpu', '--max_iters=1', '--eval_iters=1', '--n_layer=1', '--n_embd=16', '--n_head=2'
     assert '--chat=True' in run('train.py', *shlex.split(command), *how).stdout.splitlines()[-1]
@@ -567,8 +568,8 @@ def test_mistakes(prepare, house, tmp_path, bpe):
         assert words in prepare(*arguments, name='folder', status=1)
     for name, words in (
         ('shakespeare', 'a data set of its own'),
-        ('../x', 'without a path'),
-        ('..', 'without a path'),
+        ('../x', 'is a path: give it as a whole'),
+        ('..', 'is a path'),
     ):
         assert words in prepare('--input=book.txt', name=name, status=1)
     taken = subprocess.run(

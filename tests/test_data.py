@@ -146,8 +146,7 @@ def test_tokenizers(tmp_path, bpe):
     # the meta.pkl of some data sets only counts
     (tmp_path / 'char' / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 65, 'other': 1}))
     assert read_tokenizer_spec(tmp_path / 'char') == {'kind': 'char', 'vocab_size': 65}
-    with pytest.raises(UserError, match='lacks stoi or itos'):
-        Tokenizer({'kind': 'char', 'vocab_size': 65})
+    assert Tokenizer({'kind': 'char', 'vocab_size': 65}).kind == 'ids'
     assert char_tokenizer('ab').files().keys() == {'meta.pkl'}
     without = {key: value for key, value in char_tokenizer('ab').spec.items() if key != 'vocab_size'}
     assert pickle.loads(Tokenizer(without).files()['meta.pkl']).keys() == {'stoi', 'itos'}
@@ -180,69 +179,6 @@ def test_gpt2_pattern(bpe):
     for text in texts:
         assert ordinary.encode(text).tolist() == bpe.encode_ordinary(text), text[:60]
         assert special.encode(text) == bpe.encode(text, allowed_special={EOT}), text[:60]
-
-
-STOI, ITOS = {'a': 0, 'b': 1, 'c': 2}, {0: 'a', 1: 'b', 2: 'c'}
-
-
-@pytest.mark.parametrize(
-    'meta, words',
-    [
-        ([1, 2], "no attribute 'get'"),
-        ({'vocab_size': '3'}, "vocab_size is '3'"),
-        ({'vocab_size': -5}, 'vocab_size is -5'),
-        ({'vocab_size': 10**12}, 'vocab_size is 1000000000000'),
-        ({'vocab_size': 3.0}, 'vocab_size is 3.0'),
-        ({'vocab_size': True}, 'vocab_size is True'),
-        ({'stoi': STOI, 'itos': {0: 'a', 2: 'c'}}, 'KeyError: 1'),
-        ({'stoi': STOI, 'itos': None}, 'NoneType'),
-        ({'stoi': STOI, 'itos': {0: 'b', 1: 'a', 2: 'c'}}, 'disagree'),
-        ({'stoi': [], 'itos': ITOS}, 'not a mapping'),
-        ({'stoi': {}, 'itos': {}}, 'disagree'),
-        ({'stoi': {0: 0}, 'itos': {0: 0}}, 'expected str'),
-        ({'stoi': {b'a': 0}, 'itos': {0: b'a'}}, 'expected str'),
-        ({'stoi': {'a': 'x'}, 'itos': {'x': 'a'}}, 'KeyError: 0'),
-    ],
-)
-def test_damaged_meta(tmp_path, meta, words):
-    """A meta.pkl that is no alphabet is noticed before the training; a model of it could not be sampled."""
-    from data.tokenizer import UserError, read_tokenizer_spec
-
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
-    with pytest.raises(UserError, match='cannot read .*meta.pkl .*' + re.escape(words)):
-        read_tokenizer_spec(tmp_path)
-
-
-def test_other_meta(tmp_path):
-    """itos as a list, further characters in stoi that mean the same, floats: as in nanoGPT they work."""
-    from data.tokenizer import Tokenizer, read_tokenizer_spec
-
-    for stoi, itos in (
-        (STOI, list('abc')),
-        ({**STOI, 'A': 0}, ITOS),
-        ({c: float(i) for c, i in STOI.items()}, ITOS),
-    ):
-        (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'stoi': stoi, 'itos': itos}))
-        tokenizer = Tokenizer(read_tokenizer_spec(tmp_path))
-        assert str(tokenizer.encode('cab')) == '[2, 0, 1]' and tokenizer.decode([2, 0, 1]) == 'cab'
-
-
-def test_pickles_cannot_call(tmp_path):
-    """Not by any opcode of the protocols 0 to 5."""
-    from data.tokenizer import read_tokenizer_spec
-
-    touch = f'touch {tmp_path}/called'.encode()
-    for program in (
-        b'cos\nsystem\n(S"%b"\ntR.',
-        b'(S"%b"\nios\nsystem\n.',
-        b'(cos\nsystem\nS"%b"\no.',
-        b'\x80\x02cos\nsystem\n(S"%b"\nt\x81.',
-        b'\x80\x04S"os"\nS"system"\n\x93(S"%b"\ntR.',
-    ):
-        (tmp_path / 'meta.pkl').write_bytes(program % touch)
-        with pytest.raises(ValueError, match='it asks for .*system: plain values only'):
-            read_tokenizer_spec(tmp_path)
-    assert not (tmp_path / 'called').exists()
 
 
 def bpe_file(model={}, **parts):  # noqa: B006
@@ -870,7 +806,7 @@ def test_output_that_fails(run, start, house, tmp_path, how):
     (tmp_path / 'book.txt').write_text('疑是地上霜' * 2000, encoding='utf-8')
     if how == 'full of data':
         words = run('data/custom/prepare.py', *arguments, status=1, file_size=3000)
-        assert words == 'cannot write: File too large\n'
+        assert words == f'{folder}/new.part/train.bin: File too large\n'
     else:
         errors = tmp_path / 'errors'
         errors.write_text('')
@@ -885,9 +821,9 @@ def test_output_that_fails(run, start, house, tmp_path, how):
         )
         process.stdout.close()
         assert process.wait() == 1
-        assert errors.read_text() == {'full': 'cannot write: No space left on device\n'}.get(
-            how, 'interrupted: the data is not complete\n'
-        )
+        full = 'stdout: No space left on device; make room and run it again\n'
+        nobody_reads = 'interrupted: the data is not complete\n'
+        assert errors.read_text() == (full if how == 'full' else nobody_reads)
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -241,12 +241,12 @@ def test_host_killed(torchrun, assert_followed, hosts):
     assert hosts.kill(1) == 2
     wait_for(first, 'rank 0: lost the other ranks')
     second = torchrun(1, options, *keys, env=env)
-    wait_for(first, 'resuming out/ckpt.pt at iteration ')
+    wait_for(first, 'resuming out/last.pt at iteration ')
     wait_for(first, 'iter 120:')
     assert hosts.kill(0) == 2
     assert rest([second], 1)[0].count('rank 1: lost the other ranks') == 1
     out, _ = rest([torchrun(n, options, *keys, env=env) for n in range(2)])
-    assert re.search(r'resuming out/ckpt.pt at iteration 1\d\d: ', out)
+    assert re.search(r'resuming out/last.pt at iteration 1\d\d: ', out)
     assert_followed()
 
 
@@ -265,7 +265,7 @@ def test_link_cut(torchrun, run, hosts):
     rest(nodes, 1)
     assert time.monotonic() - cut < TIMEOUT + 6
     out = run('train.py', '--init_from=resume', *MACHINE, '--max_iters=60').stdout
-    assert 'resuming out/ckpt.pt at iteration ' in out
+    assert 'resuming out/last.pt at iteration ' in out
 
 
 @two_hosts
@@ -280,7 +280,7 @@ def test_elastic(torchrun, assert_followed, hosts):
     assert hosts.kill(1) == 2
     wait_for(first, 'rank 0: lost the other ranks')
     (out,) = rest([first])
-    assert re.search(r'resuming out/ckpt.pt at iteration \d+: .*, 1 processes\n', out)
+    assert re.search(r'resuming out/last.pt at iteration \d+: .*, 1 processes\n', out)
     assert_followed()
 
 
@@ -370,9 +370,9 @@ def test_slurm_script(house, request, tmp_path, assert_followed):
         status = job.wait()
         if stopping:
             found = re.search(r'^stopped before iteration (\d+): ', read, re.M)
-            assert found and 40 < load(tmp_path / 'out')['iter_num'] == int(found[1]) < 200, read
+            assert found and 40 < load(tmp_path / 'out', 'last.pt')['iter_num'] == int(found[1]) < 200, read
         else:
-            assert status == 0 and f'resuming out/ckpt.pt at iteration {found[1]}: ' in read, read
+            assert status == 0 and f'resuming out/last.pt at iteration {found[1]}: ' in read, read
         calls = (tmp_path / 'calls').read_text()
         assert calls == 'scancel --signal=TERM 4711\nscontrol requeue 4711\n', read
     assert_followed()

@@ -492,7 +492,8 @@ def test_ids_without_text(run, house):
         (np.arange(200) % 90).astype('<u2').tofile(folder / f'{name}.bin')
     (folder / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 90}))
     run('train.py', *SMALL, '--dataset=music')
-    assert 'lacks stoi or itos' in run('sample.py', status=1)
+    out = run('sample.py', *MACHINE, '--num_samples=1', '--max_new_tokens=3').stdout
+    assert re.fullmatch(r'\n\d+ \d+ \d+\n---------------\n', out)
 
 
 @slow
@@ -581,13 +582,6 @@ def test_drop_in_for_wandb(run, tmp_path):
     out = run('train.py', *SMALL, '--wandb_log=True', env=env, real=True).stdout
     assert 'init owt gpt2 1337' in out and "logged ['grad_norm', 'iter', 'loss', 'lr'" in out
     assert 'wandb has stopped' in out  # it has no finish
-
-
-@slow
-def test_a_stray_world_size(run):
-    """WORLD_SIZE that a cluster left behind, without torchrun, divides nothing."""
-    plain = losses(run('train.py', *SMALL).stdout)
-    assert losses(run('train.py', *SMALL, env={'WORLD_SIZE': '2', 'LOCAL_RANK': '0'}).stdout) == plain
 
 
 # -----------------------------------------------------------------------------

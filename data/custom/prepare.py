@@ -1,6 +1,6 @@
 """
 Your own text as a data set: writes train.bin, val.bin and the tokenizer into
-data/NAME, for --dataset=NAME.
+data/NAME, for --dataset=NAME. Both also take a whole path like /data/mytext.
 
     python data/custom/prepare.py --input=book.txt --name=mytext
     python data/custom/prepare.py --input="texts/**/*.md" --tokenizer=bpe
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 input = ''  # a file, a folder or a glob: texts, or rows in .jsonl, .json, .csv or .parquet; .gz, .zst too
-name = 'custom'  # folder below data/ to write to
+name = 'custom'  # folder below data/ to write to, or a whole path
 tokenizer = 'char'  # char, gpt2, bpe (trained on this text), or the path of a data set or model that has one
 vocab_size = 4096  # of bpe, at most 65536; a small text yields fewer
 val: float | str = 0.1  # share of the text for validation, or the path of another text for it
@@ -60,13 +60,15 @@ SIZES = [
     (20_000_000, 4, 256, 8000, 30),
 ]
 
-folder = HERE.parent / name
+folder = HERE.parent / name  # Path drops what stands before a whole path, so that one is itself
 if not input:
     sys.exit("which text? --input=FILE, a folder or a glob")
-if name in ('', '..') or Path(name).name != name:
-    sys.exit(f"name {name!r} must be the name of a folder, without a path")
+is_name = name not in ('', '..') and Path(name).name == name
+if not is_name and not Path(name).is_absolute():
+    whole = shlex.quote(f'--name={os.path.abspath(name)}')
+    sys.exit(f"name {name!r} is a path: give it as a whole, {whole}, or a name alone, for a folder of data/")
 if name != 'custom' and (folder / 'prepare.py').exists():
-    sys.exit(f"data/{name} is a data set of its own: choose another --name")
+    sys.exit(f"{folder} is a data set of its own: choose another --name")
 if num_workers < 1:
     sys.exit(f"num_workers must be at least 1, not {num_workers}")
 if tokenizer == 'bpe':
@@ -142,9 +144,9 @@ def given_tokenizer():
     if path.is_file():
         with user_errors(f"cannot read {path}"):
             return Tokenizer(read_tokenizer_json(path), ordinary=True)
-    # A train.bin alone has GPT-2's tokens.
-    if any((path / file).is_file() for file in ('meta.pkl', 'tokenizer.json', 'train.bin')):
-        return Tokenizer(read_tokenizer_spec(path), ordinary=True)
+    spec = read_tokenizer_spec(path)
+    if spec['kind'] != 'gpt2' or (path / 'train.bin').is_file():  # a train.bin alone has GPT-2's tokens
+        return Tokenizer(spec, ordinary=True)
     sys.exit(
         f"tokenizer {tokenizer!r} is none of char, gpt2, bpe, nor a tokenizer.json, "
         "nor a folder with a data set, a checkpoint or an export"
@@ -204,7 +206,9 @@ else:
     if encoder.kind == 'char' and not encoder.has_words:  # of words, any character may be known or not
         check_characters(encoder)
     if encoder.eot is None and not is_plain:
-        sys.exit(f"the tokenizer of {tokenizer} has no {EOT}, in which a document of a template ends")
+        sys.exit(
+            f"the tokenizer of {tokenizer} has no {EOT} or other end, in which a document of a template ends"
+        )
 
     # A tokenizer.json may lose capitals, spaces, or what it does not know, or put a space before what it
     # encodes, which would then stand in the middle of the text.
@@ -221,7 +225,7 @@ else:
 # -----------------------------------------------------------------------------
 # The bins. An older data set stays as it is until everything that can fail has succeeded.
 
-folder.mkdir(exist_ok=True)
+folder.mkdir(parents=True, exist_ok=True)
 write_documents(
     folder,
     encoder,
@@ -239,7 +243,7 @@ print(
 # The first list of parts is a document, or the beginning of one.
 print("a document:\n" if is_plain else "a document, with brackets around what counts:\n")
 for counts, parts in itertools.groupby(next(iter(documents)), key=lambda part: part[1]):
-    end = '' if encoder.eot is None else EOT
+    end = '' if encoder.eot is None else encoder.eot_text
     text = ''.join(end if text is None else text for text, _ in parts)
     if len(text) > 200:
         text = f'{text[:120]} … {text[-60:]}'
@@ -248,11 +252,13 @@ for counts, parts in itertools.groupby(next(iter(documents)), key=lambda part: p
 # -----------------------------------------------------------------------------
 # What to do next
 
-keys = [f'--dataset={name}', f'--out_dir=out-{name}']
+out_dir = f'out-{folder.name}'
+keys = [f'--dataset={name}', f'--out_dir={out_dir}']
 block_size = 128  # of the config
-model_files = [*Path(tokenizer).glob('*.pt'), *Path(tokenizer).glob('config.json')]
-is_model = tokenizer.endswith('.pt') or len(model_files) > 0
-if is_model and tokenizer not in ('char', 'gpt2', 'bpe'):  # go on with it
+# --tokenizer may name a model, which is then trained further.
+has_weights = any(Path(tokenizer).glob('*.pt')) or Path(tokenizer, 'config.json').exists()
+is_model = tokenizer.endswith('.pt') or has_weights
+if is_model and tokenizer not in ('char', 'gpt2', 'bpe'):
     keys = ['config/train_python_char.py', f'--init_from={tokenizer}', *keys]
 elif encoder.kind == 'gpt2':
     keys = ['config/finetune_shakespeare.py', '--init_from=gpt2', *keys]
@@ -270,5 +276,13 @@ fits = min(tokens, (folder / 'val.bin').stat().st_size // 2) - 1
 if fits < block_size:
     keys.append(f'--block_size={fits}')
 talk = [] if is_plain else ['--chat=True']
-print(f"\n\ntrain on it: {shlex.join(['python', 'train.py', *keys])}")
-print(f"then:        {shlex.join(['python', 'sample.py', f'--out_dir=out-{name}', *talk])}")
+
+
+def command_for(script, *arguments):
+    """Returns the command that runs a script of the project, which is named as the user has named it here."""
+    path = os.path.join(os.path.dirname(sys.argv[0]), '..', '..', script)
+    return shlex.join(['python', os.path.normpath(path), *arguments])
+
+
+print(f"\n\ntrain on it: {command_for('train.py', *keys)}")
+print(f"then:        {command_for('sample.py', f'--out_dir={out_dir}', *talk)}")
