@@ -150,6 +150,20 @@ def test_commands_run(run, house, with_text, bpe, request):
     assert ran >= 1 and (house / 'out-python-char' / 'loss.png').stat().st_size > 1000
 
 
+def test_own_ids(run, house):
+    """The snippet and the two commands of data/custom/readme.md for ids that are no text, in this order."""
+    page = 'data/custom/readme.md'
+    (house / 'chess.py').write_text(*blocks('python', page), encoding='utf-8')
+    run('chess.py', cwd=house)
+    train, sample = [command for command in commands(page) if 'chess' in command]
+    _, _, script, arguments = parse(train)
+    out = run(script, *arguments, *SHORT['train.py'].split(), cwd=house).stdout
+    assert 'vocabulary 8; ' in out and "GPT-2's" not in out
+    _, _, script, arguments = parse(sample)
+    out = run(script, *arguments, *SHORT['sample.py'].split(), cwd=house).stdout
+    assert re.fullmatch(r'2 3( [0-7]){5}\n---------------\n', out)
+
+
 @pytest.mark.parametrize('name', TRANSLATIONS)
 def test_pages_agree(name):
     """The Chinese page has the same commands, the same tables and the same figures as the English one. What
