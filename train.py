@@ -455,10 +455,8 @@ sample_command = command_for('sample.py', f'--out_dir={out_dir}')
 folders = (shown_data_dir, shown_data_dir.parent)
 own_scripts = [folder / 'prepare.py' for folder in folders if (ROOT / folder / 'prepare.py').exists()]
 custom_script = os.path.join('data', 'custom', 'prepare.py')
-if own_scripts:
-    prepare_command = command_for(own_scripts[0])
-else:
-    prepare_command = command_for(custom_script, '--input=TEXT', f'--name={dataset}')
+from_text = command_for(custom_script, '--input=TEXT', f'--name={dataset}')
+prepare_command = command_for(own_scripts[0]) if own_scripts else from_text
 
 
 def check_data_files():

@@ -552,7 +552,7 @@ def has_wide_ids(head, dtype, largest):
     # Almost only zeros, or one repeated value, tell nothing.
     if np.count_nonzero(values) < 32 or len(np.unique(values)) == 1:
         return False
-    # One exception are uint16 ids of a text with one character on each line. The newline is id 0, so a
+    # There is one exception: uint16 ids of a text with one character on each line. The newline is id 0, so a
     # character and a newline look like one 32-bit id. Then no value is zero, and few differ.
     may_be_lines = dtype == '<u4' and values.min() > 0 and values.max() < 32
     return not may_be_lines

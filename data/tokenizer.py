@@ -444,9 +444,7 @@ def read_meta(path):
         try:
             spec['stoi'], spec['itos'] = alphabet_of(stoi, itos)
             spec['vocab_size'] = max(vocab_size, len(spec['itos']))
-        except (
-            Exception
-        ) as error:  # such tables may fail in any way; train.py and sample.py print the problem
+        except Exception as error:  # tables may fail in any way; train.py and sample.py print the problem
             spec['problem'] = f"stoi and itos of meta.pkl do not make an alphabet ({one_line(error)})"
     return spec
 
@@ -498,14 +496,15 @@ CONVERT = (
     "from transformers import {} as T; T.from_pretrained('.').save_pretrained('.')"
     '"`'
 )
+BY_ITS_LIBRARY = "make a tokenizer.json of it by the library that made it"
 OTHER_TOKENIZERS = {
     'vocab.txt': CONVERT.format('', 'BertTokenizerFast'),
     'tokenizer.model': CONVERT.format('pip install sentencepiece && ', 'PreTrainedTokenizerFast'),
     'vocab.json': "its merges.txt is missing",
     '*-vocab.json': "name the two files of this tokenizer vocab.json and merges.txt",
-    '*.model': "make a tokenizer.json of it by the library that made it",
-    '*.tiktoken': "make a tokenizer.json of it by the library that made it",
-    'tokenizer.pkl': "make a tokenizer.json of it by the library that made it",
+    '*.model': BY_ITS_LIBRARY,
+    '*.tiktoken': BY_ITS_LIBRARY,
+    'tokenizer.pkl': BY_ITS_LIBRARY,
 }
 
 
