@@ -774,26 +774,30 @@ class PackedLinear(nn.Module):
         rms = weight.norm() / math.sqrt(weight.numel())
         fits = bool(weight.abs().max() <= 65504 and rms >= 3e-5)
         self.half = dtype != torch.float32 and has_fbgemm() and fits
-        # With AVX2, FBGEMM sums up a row that it takes alone in another order. Of a multiple of 3 rows it
-        # takes none alone, so rows are filled up to that. With AVX512 all rows are alike.
-        self.multiple = 3 if torch.backends.cpu.get_cpu_capability() == 'AVX2' else 1
+        # Without AVX512, FBGEMM sums up a row that it takes alone in another order. Of a multiple of 3 rows
+        # it takes none alone, so rows are filled up to that. With AVX512 all rows are alike.
+        self.multiple = 1 if 'AVX512' in torch.backends.cpu.get_cpu_capability() else 3
         if self.half:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # laid out for 16 rows
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
-        n = rows.size(0)
+        n = math.prod(x.shape[:-1])  # rows
         if self.half:
-            rows = F.pad(rows, (0, 0, 0, -n % self.multiple))
-            y = torch.ops.quantized.linear_dynamic_fp16(rows, self.packed)
-        else:
-            # Up to 4 rows take the same time in oneDNN. Fewer are filled up, so that sums keep their order.
-            # The last arguments say that no activation follows.
-            rows = F.pad(rows, (0, 0, 0, max(0, 4 - n)))
-            y = torch.ops.mkldnn._linear_pointwise.default(rows, self.packed, self.bias, 'none', [], '')
-        return y[:n].unflatten(0, x.shape[:-1])
+            missing = -n % self.multiple
+        else:  # With fewer than 4 rows oneDNN sums in another order, and 4 take the same time.
+            missing = max(0, 4 - n)
+        if missing:
+            rows = F.pad(x.flatten(0, -2), (0, 0, 0, missing))
+            return self.product(rows)[:n].unflatten(0, x.shape[:-1])
+        return self.product(x)
+
+    def product(self, x):
+        if self.half:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        # The last arguments say that no activation follows.
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, 'none', [], '')
 
     def extra_repr(self):
         return f"{self.shape}, half={self.half}"
@@ -883,10 +887,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class Muon(torch.optim.AdamW):
     """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) for groups with `parts`, AdamW for the
     others. A matrix moves along the orthogonal factor of its momentum, as far in weak directions as in strong
-    ones. The step has the size of AdamW's, so that both share one learning rate and weight decay (Liu et al.
-    2025, arXiv:2502.16982). A parameter stacks `parts` matrices: c_attn three."""
+    ones. The step is about as large as AdamW's, so that both share one learning rate and weight decay (Liu et
+    al. 2025, arXiv:2502.16982). They share beta1 too: it is the decay of the momentum. A parameter stacks
+    `parts` matrices: c_attn three."""
 
-    MOMENTUM = 0.95
     # The quintics a x + b x^3 + c x^5 map [0.002, 1] step by step to 1. Each is the one nearest to 1 on the
     # range that those before it leave (Polar Express, Amsel et al. 2025, arXiv:2505.16932). They leave 2 % of
     # room above 1, without which bfloat16 explodes.
@@ -913,28 +917,33 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if 'parts' not in group:
                 continue
+            beta1, _ = group['betas']
             for p in group['params']:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:  # Muon needs no step, but load_state_dict expects one
                     state.update(momentum=torch.zeros_like(p), step=torch.zeros((), device=p.device))
-                momentum = state['momentum'].lerp_(p.grad, 1 - self.MOMENTUM)
-                update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov
+                momentum = state['momentum'].lerp_(p.grad, 1 - beta1)
+                update = p.grad.lerp(momentum, beta1)  # Nesterov
                 p.grad = None  # so that AdamW passes it by
                 p.mul_(1 - group['lr'] * group['weight_decay'])
+                # An orthogonal matrix (n, m) has a root mean square of 1 / sqrt(m). This makes 0.2 of it, as
+                # AdamW's steps have. c_attn counts as one matrix (3C, C), so its steps are sqrt(3) times
+                # larger: 1.5 times was better than once (assets/notes.md).
+                length = group['lr'] * 0.2 * math.sqrt(max(p.shape))
                 for w, u in zip(p.chunk(group['parts']), update.chunk(group['parts']), strict=True):
                     if w.size(0) > w.size(1):
                         w, u = w.mT, u.mT  # (n, m), n <= m
-                    by_shape.setdefault((w.shape, group['lr']), []).append((w, u))
+                    by_shape.setdefault(w.shape, []).append((w, u, length))
 
-        for ((_, m), lr), matrices in by_shape.items():
-            weights, updates = zip(*matrices, strict=True)
+        for matrices in by_shape.values():
+            weights, updates, lengths = zip(*matrices, strict=True)
             updates = torch.stack(updates)  # (k, n, m)
             if has_bfloat16(updates.device.type):  # which is precise enough, but elsewhere slow
                 updates = updates.bfloat16()
-            for w, u in zip(weights, self.orthogonal(updates), strict=True):
-                w.add_(u, alpha=-lr * 0.2 * math.sqrt(m))  # 0.2 is about AdamW's RMS
+            for w, u, length in zip(weights, self.orthogonal(updates), lengths, strict=True):
+                w.add_(u, alpha=-length)
         super().step()
         return loss
 

@@ -68,13 +68,14 @@ n_head = 12  # attention heads of each
 n_embd = 768  # width of the network, a multiple of n_head
 dropout = 0.0  # 0 for pretraining; for fine-tuning and small data try 0.1 and up
 bias = False  # biases in the linear layers and norms
+init_std = 0.02  # standard deviation of a new model's weights (c_proj's have less)
 
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the blocks, adamw for the rest
 learning_rate = 6e-4  # its peak, after the warm-up
 max_iters = 600000  # the run takes exactly this many iterations
 weight_decay = 1e-1  # of matrices and embeddings, not of norms and biases
-beta1 = 0.9  # adamw: decay of the gradient's running mean
+beta1 = 0.9  # decay of the gradient's running mean, for muon too
 beta2 = 0.95  # adamw: decay of its square's running mean
 grad_clip = 1.0  # largest norm of the gradient, 0 for no limit
 
@@ -523,6 +524,9 @@ def make_model():
         sizes = dict(block_size=block_size, vocab_size=new_vocab_size())
         sizes.update(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         model = GPT(GPTConfig(**sizes, dropout=dropout, bias=bias))
+        for p in model.parameters():
+            if p.dim() > 1:  # GPT has drawn its matrices for 0.02
+                p.data *= init_std / 0.02
         model.tokenizer_source = tokenizer_spec
     else:
         model = GPT.from_pretrained(init_from, {'dropout': dropout})
@@ -1095,8 +1099,9 @@ class Log:
             say(perplexity(val_loss))
         check_finite(math.isfinite(train_loss + val_loss), "the loss")
 
-        # The logits of a new model vary a little, and half of their variance adds to the loss.
-        expected = math.log(vocab_size) + 0.5 * 0.02**2 * n_embd
+        # ln_f leaves a variance of 1, so the logits have n_embd times that of the weights. Half of it adds to
+        # the loss.
+        expected = math.log(vocab_size) + 0.5 * init_std**2 * n_embd
         if init_from == 'scratch' and state.iter_num == 0 and abs(val_loss - expected) > 0.5:
             say(f"a new model should have a loss near ln(vocabulary) = {expected:.2f}: is its start right?")
 

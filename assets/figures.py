@@ -33,17 +33,20 @@ CPU = (
     '--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0'
 ).split()
 ADAMW = 'config/train_shakespeare_char.py --max_iters={0} --lr_decay_iters={0}'
-MUON = 'config/train_shakespeare_char_fast.py --learning_rate=8e-3 --max_iters={0} --lr_decay_iters={0}'
+MUON = (
+    'config/train_shakespeare_char_fast.py --learning_rate=1.2e-2 --warmup_iters=20 '
+    '--max_iters={0} --lr_decay_iters={0}'
+)
 RUNS = {  # name in the legend: whose code, arguments
     'nanoGPT': ('nanoGPT', ADAMW.format(2000)),
     'ours, AdamW': ('ours', ADAMW.format(2000)),
-    'ours, Muon, 666 iterations': ('ours', MUON.format(666)),
+    'ours, Muon, 500 iterations': ('ours', MUON.format(500)),
     'ours, Muon, 2000 iterations': ('ours', MUON.format(2000)),
 }
 COLORS = {
     'nanoGPT': 'tab:red',
     'ours, AdamW': 'tab:blue',
-    'ours, Muon, 666 iterations': 'tab:cyan',
+    'ours, Muon, 500 iterations': 'tab:cyan',
     'ours, Muon, 2000 iterations': 'tab:green',
     'transformers': 'tab:orange',
     'ours': 'tab:blue',

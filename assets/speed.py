@@ -3,18 +3,24 @@ The table of speed and memory in README.md: runs nanoGPT's train.py and ours in 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanoGPT
     python assets/speed.py /tmp/nanoGPT             # every group that suits this machine, three rounds
     python assets/speed.py /tmp/nanoGPT 4x1024 5    # the groups with 4x1024 in their title, five rounds
+    python assets/speed.py /tmp/nanoGPT growth      # how cost grows with layers, context, rows, documents ...
 A row shows medians over the rounds: milliseconds per iteration, their ratio to the first row, tokens per
 second, and mfu by nanoGPT's formula. The memory is the highest peak of the GPU, or of the process on a CPU.
 """
 
+import json
+import os
 import pickle
+import random
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -76,6 +82,19 @@ if CUDA:
             'ours, fast, 8 x 60': f'{micro_batches(8, 60)} --optimizer=muon',
         },
     )
+# How an iteration grows: a small network, and one key at a time
+SMALL = '--n_layer=4 --n_head=4 --n_embd=256 --block_size=256 --batch_size=4'
+for key, values in {
+    'n_layer': (2, 4, 8),
+    'n_embd': (128, 256, 512),
+    'block_size': (128, 256, 512),
+    'batch_size': (2, 4, 8),
+}.items():
+    rows = {}
+    for value in values:
+        rows[f'nanoGPT, {value}'] = rows[f'ours, {value}'] = f'--{key}={value}'
+    GROUPS[f'growth with {key}'] = (12, f'{CHARACTERS} {SMALL}', rows)
+
 LOSS_TITLE = 'the loss alone, 4096 tokens, 768 x 50304'
 # A script that times one way to compute the loss, and prints its times in the format of train.py
 LOSS_SCRIPT = '''
@@ -87,7 +106,7 @@ x = torch.randn(4096, 768, device=device, requires_grad=True)
 w = torch.randn(50304, 768, device=device).mul_(0.02).requires_grad_()
 y = torch.randint(50257, (4096,), device=device)
 loss = {'plain': lambda: F.cross_entropy(F.linear(x, w).float(), y),
-        'ours': lambda: ChunkedCrossEntropy.apply(x, w, y, dtype, True),
+        'ours': lambda: ChunkedCrossEntropy.apply(x, w, y, True),
         'built-in': lambda: F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions()),
         }[sys.argv[1]]
 for i in range(6):
@@ -99,6 +118,27 @@ for i in range(6):
     value = value.item()
     print(f'iter {i}: loss {value:.4f}, time {(time.perf_counter() - started) * 1000:.2f}ms')
 '''
+SAMPLING_TITLE = 'growth of sampling, a token of each row of GPT-2 124M'
+# A script that samples behind a prompt of so many tokens, in so many rows. nanoGPT has no cache: for it, the
+# first token behind the prompt is timed again and again.
+SAMPLING_SCRIPT = '''
+import sys, time, torch
+from model import GPT, GPTConfig
+length, rows = int(sys.argv[1]), int(sys.argv[2])
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+model = GPT(GPTConfig()).eval().to(device)
+idx = torch.randint(50257, (rows, length), device=device)
+if hasattr(model, 'stream'):
+    tokens = model.for_sampling(device, torch.float16).stream(idx, 12, 0.8, 200)
+for i in range(12 if hasattr(model, 'stream') else 4):
+    started = time.perf_counter()
+    token = next(tokens) if hasattr(model, 'stream') else model.generate(idx, 1, 0.8, 200)
+    token.tolist()
+    print(f'iter {i}: loss 0, time {(time.perf_counter() - started) * 1000:.2f}ms')
+'''
+DOCUMENTS_TITLE = 'growth of prepare.py, documents of 4,700 characters'
+DOCUMENTS = 2500, 5000, 10000
+
 # A script that runs another one and then prints the peak memory in bytes
 RUNNER = '''
 import runpy, sys, torch
@@ -116,15 +156,25 @@ print('peak memory', torch.cuda.max_memory_allocated() if torch.cuda.is_availabl
 
 def run_once(folder, words):
     """Runs a script in `folder`. Returns the median seconds of an iteration and the peak memory in bytes.
-    The first quarter of the iterations warms up and does not count. Returns None if the run fails.
+    The first quarter of the iterations warms up and does not count. A prepare.py has none: for it these are
+    the seconds of the whole command. Returns None if the run fails.
     """
-    done = subprocess.run([sys.executable, '-c', RUNNER, *words], cwd=folder, text=True, capture_output=True)
+    command = [sys.executable, '-c', RUNNER, *words]
+    started = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as cache
+    ):  # else nanoGPT's prepare.py would find what it has done before
+        environment = {**os.environ, 'HF_DATASETS_CACHE': cache}
+        done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
+        seconds = time.perf_counter() - started
     if done.returncode:  # too little memory, for example
         print((done.stderr.strip().splitlines() or ['no reason given'])[-1][:150], file=sys.stderr)
         return None
     times = re.findall(r'^iter \d+: loss [\d.]+, time ([\d.]+)ms', done.stdout, re.M)
     times = [float(ms) / 1000 for ms in times]
-    return statistics.median(times[max(1, len(times) // 4) :]), int(done.stdout.split()[-1])
+    if not words[0].endswith('prepare.py'):
+        seconds = statistics.median(times[max(1, len(times) // 4) :])
+    return seconds, int(done.stdout.split()[-1])
 
 
 def tokens_and_flops(words):
@@ -186,6 +236,43 @@ def make_folder(folder, source, scripts):
     return folder
 
 
+def prepare_commands(theirs, ours, nanogpt):
+    """Writes documents into both folders. Returns the rows that encode them with GPT-2's BPE."""
+    text, rng = ' '.join(topics.values()), random.Random(0)
+    lines = []
+    for _ in range(max(DOCUMENTS)):
+        start = rng.randrange(len(text) - 4700)
+        lines.append(json.dumps({'text': text[start : start + 4700]}) + '\n')
+
+    # nanoGPT's script for OpenWebText reads a file here, with two workers; ours has a thread a core. The
+    # pieces of a split, 1024, become as many as it has documents, or it would fail.
+    source = (nanogpt / 'data' / 'openwebtext' / 'prepare.py').read_text()
+    for old, new in (
+        (
+            'load_dataset("openwebtext", num_proc=num_proc_load_dataset)',
+            'load_dataset("json", data_files=sys.argv[1])',
+        ),
+        ('import os', 'import os, sys'),
+        ('num_proc = 8', 'num_proc = 2'),
+        ('total_batches = 1024', 'total_batches = min(1024, len(dset))'),
+    ):
+        assert old in source, old
+        source = source.replace(old, new, 1)
+    (theirs / 'prepare.py').write_text(source)
+    shutil.copytree(ROOT / 'data' / 'custom', ours / 'data' / 'custom')
+
+    rows = {}
+    for number in DOCUMENTS:
+        name = f'{number}.jsonl'
+        for folder in (theirs, ours):
+            (folder / name).write_text(''.join(lines[:number]))
+        tokens = number * 1000  # about
+        options = [f'--input={name}', '--tokenizer=gpt2', '--val=0.0005', f'--name={ours}/documents']
+        rows[f'nanoGPT, {number:,}'] = theirs, ['prepare.py', name], tokens, None
+        rows[f'ours, {number:,}'] = ours, ['data/custom/prepare.py', *options], tokens, None
+    return rows
+
+
 def main(nanogpt, only='', rounds=3):
     isa = torch.backends.cpu.get_cpu_capability() + ', bfloat16 units' * has_bfloat16('cpu')
     device = torch.cuda.get_device_name() if CUDA else f'CPU ({isa}), {torch.get_num_threads()} threads'
@@ -205,6 +292,16 @@ def main(nanogpt, only='', rounds=3):
                     folder, words = ours, words.replace('--dataset=gpt2', '--dataset=None')
                 commands[name] = (folder, ['train.py', *words.split()], *tokens_and_flops(words))
             compare(title, rounds, commands)
+        if only in SAMPLING_TITLE:
+            rows = {}
+            for length, number in ((8, 1), (250, 1), (1000, 1), (100, 1), (100, 4), (100, 16)):
+                for folder, name in ((theirs, 'nanoGPT'), (ours, 'ours')):
+                    (folder / 'sampling.py').write_text(SAMPLING_SCRIPT)
+                    words = ['sampling.py', str(length), str(number)]
+                    rows[f'{name}, {length} tokens, {number} rows'] = folder, words, number, None
+            compare(SAMPLING_TITLE, rounds, rows)
+        if only in DOCUMENTS_TITLE:
+            compare(DOCUMENTS_TITLE, rounds, prepare_commands(theirs, ours, Path(nanogpt)))
         if only in LOSS_TITLE:
             (ours / 'loss.py').write_text(LOSS_SCRIPT)
             compare(
