@@ -53,7 +53,7 @@ from data.tokenizer import (
 # For a text of at least so many tokens: layers, channels, iterations, and minutes on two CPU cores. What was
 # measured is in the readme.
 SIZES = [
-    (0, 3, 160, 300, 0.3),
+    (0, 3, 160, 200, 0.2),
     (150_000, 3, 160, 1000, 1),
     (700_000, 3, 160, 2200, 2),
     (5_000_000, 4, 192, 6000, 10),
