@@ -367,6 +367,8 @@ for key, value in checkpoint.get('config', {}).items():
 for key in 'eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size'.split():
     if config[key] == 0:
         raise UserError(f"{key} must be at least 1, not 0")
+if init_std == 0:
+    raise UserError("init_std must be above 0: weights of zero never learn")
 if not has_data and (eval_only or resume_path or max_iters <= log_interval):
     raise UserError(
         "dataset=None only times training, for more than log_interval iterations: name a --dataset"

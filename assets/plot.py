@@ -41,7 +41,7 @@ FOR_TITLE = (
 ).split()
 SETTINGS = [
     *FOR_TITLE,
-    *'init_from sampler bias weight_decay beta1 beta2 grad_clip decay_lr lr_schedule'.split(),
+    *'init_from init_std sampler bias weight_decay beta1 beta2 grad_clip decay_lr lr_schedule'.split(),
     *'warmup_iters lr_decay_iters min_lr dtype eval_iters'.split(),
 ]
 

@@ -67,6 +67,7 @@ def cases(quick, *more):
         (['--device=tpu'], "device 'tpu' is none of cuda, cuda:0, cuda:1"),
         (['--n_embd=31'], 'n_embd 31 is not divisible by n_head 2'),
         (['--beta1=1.5'], 'beta'),
+        (['--init_std=0'], 'init_std must be above 0'),
         (['--peak_flops=x'], "peak_flops takes float or None, not 'x'"),
     ),
 )

@@ -163,6 +163,23 @@ def test_resume_is_exact(run, tmp_path, optimizer):
     assert f'has the state of another --optimizer than {other}' in words
 
 
+def test_init_std(run, tmp_path):
+    """Twice the standard deviation makes twice every matrix of a new model, and leaves norms and biases."""
+    run(
+        'train.py',
+        *SMALL,
+        '--bias=True',
+        '--init_std=0.04',
+        '--learning_rate=0',
+        '--min_lr=0',
+        '--max_iters=1',
+    )
+    checkpoint = load(tmp_path / 'out')
+    torch.manual_seed(1337)
+    for name, p in GPT(GPTConfig(**checkpoint['model_args'])).named_parameters():
+        assert torch.equal(checkpoint['model'][name], p * (2 if p.dim() > 1 else 1)), name
+
+
 def test_resume_obeys_the_command_line(run, tmp_path):
     """What is asked for now holds, a smaller block_size crops the weights with their moments, and the rest is
     the checkpoint's: the command line's defaults once ran instead. Sizes that the weights contradict are an
