@@ -15,6 +15,7 @@ import io
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -55,11 +56,18 @@ exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # negative numbers and prints a UserError as one line. The imports take seconds: --help and most mistakes are
 # answered before.
 sys.path.insert(0, str(ROOT))  # `python -P` does not look beside the script
+# An import may swallow the exception that Ctrl-C raises, so meanwhile Ctrl-C ends the process without one.
+raises_on_interrupt = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if raises_on_interrupt:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import torch
 
 from data.tokenizer import CONVERSATIONS, Tokenizer, UserError, template_prompt, unescape
 from model import GPT, choose_device, compile_method, sample_next_token
+
+if raises_on_interrupt:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for key in ('num_samples', 'max_new_tokens'):
     if config[key] == 0:

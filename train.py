@@ -101,7 +101,11 @@ profile = False  # profile one iteration: a table, and out_dir/trace.json
 # the excepthook that prints a mistake as one line.
 exec((ROOT / 'configurator.py').read_text(encoding='utf-8'))
 # -----------------------------------------------------------------------------
-# These imports take seconds: --help and most mistakes are answered before.
+# These imports take seconds: --help and most mistakes are answered before. An import may swallow the
+# exception that Ctrl-C raises, so meanwhile Ctrl-C ends the process without one.
+raises_on_interrupt = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if raises_on_interrupt:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path.insert(0, str(ROOT))  # `python -P` does not look beside the script
 import numpy as np
 import torch
@@ -128,6 +132,9 @@ from model import (
     peak_flops_of,
     read_checkpoint,
 )
+
+if raises_on_interrupt:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---------- The process: its place among the ranks, its files, what it prints, how it is stopped ----------
