@@ -794,6 +794,7 @@ class PackedLinear(nn.Module):
         return self.product(x)
 
     def product(self, x):
+        """The product alone, whose sums may depend on the number of rows."""
         if self.half:
             return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         # The last arguments say that no activation follows.
@@ -928,9 +929,9 @@ class Muon(torch.optim.AdamW):
                 update = p.grad.lerp(momentum, beta1)  # Nesterov
                 p.grad = None  # so that AdamW passes it by
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                # An orthogonal matrix (n, m) has a root mean square of 1 / sqrt(m). This makes 0.2 of it, as
-                # AdamW's steps have. c_attn counts as one matrix (3C, C), so its steps are sqrt(3) times
-                # larger: 1.5 times was better than once (assets/notes.md).
+                # Numbers of an orthogonal matrix (n, m) have a root mean square of 1 / sqrt(m). This makes
+                # it 0.2, as AdamW's steps have it. c_attn counts as one matrix (3C, C), so its steps are
+                # sqrt(3) times larger: 1.5 times was better than once (assets/notes.md).
                 length = group['lr'] * 0.2 * math.sqrt(max(p.shape))
                 for w, u in zip(p.chunk(group['parts']), update.chunk(group['parts']), strict=True):
                     if w.size(0) > w.size(1):
